@@ -1,0 +1,55 @@
+# Shared by the scripts of this folder; sourced, never run.
+# shellcheck shell=bash
+
+LLOOP_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+LLOOP_CACHE=${LLOOP_CACHE:-$HOME/.cache/lloop}
+CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$LLOOP_ROOT/target}
+export LLOOP_CACHE CARGO_TARGET_DIR
+
+if [ -t 1 ]; then BOLD=$'\e[1m' DIM=$'\e[2m' RED=$'\e[31m' PLAIN=$'\e[0m'; else BOLD='' DIM='' RED='' PLAIN=''; fi
+
+say() { printf '%s==>%s %s\n' "$BOLD" "$PLAIN" "$*"; }
+note() { printf '    %s%s%s\n' "$DIM" "$*" "$PLAIN"; }
+die() {
+	printf '%serror:%s %s\n' "$RED" "$PLAIN" "$1" >&2
+	shift
+	for line in "$@"; do printf '       %s\n' "$line" >&2; done
+	exit 1
+}
+
+# quietly WHAT LOG COMMAND...: runs COMMAND with its output in LOG, says WHAT and how long it took, and on a failure
+# shows the end of the log: quiet while all is well, informative when it is not.
+quietly() {
+	local what=$1 log=$2 start=$SECONDS rc=0
+	shift 2
+	mkdir -p "$(dirname "$log")"
+	say "$what"
+	"$@" >"$log" 2>&1 </dev/null || rc=$?
+	if [ "$rc" -ne 0 ]; then
+		tail -n 30 "$log" | sed 's/^/    | /' >&2
+		die "failed with status $rc: $what" "the whole log: $log"
+	fi
+	if [ $((SECONDS - start)) -ge 3 ]; then note "took $((SECONDS - start)) s"; fi
+}
+
+# step COMMAND...: shows the command in the log that it is run into.
+step() {
+	local rc=0
+	printf '+ %s\n' "$*"
+	"$@" || rc=$?
+	return "$rc"
+}
+
+# The version of a SPDK tree as MAJOR.MINOR with two digits each ("20.07"), or nothing.
+spdk_version() {
+	local header=$1/include/spdk/version.h
+	[ -r "$header" ] || return 0
+	awk '$1 == "#define" && $2 == "SPDK_VERSION_MAJOR" { major = $3 } $1 == "#define" && $2 == "SPDK_VERSION_MINOR" { minor = $3 }
+		END { if (major != "") printf "%d.%02d\n", major, minor }' "$header"
+}
+
+spdk_is_built() { [ -e "$1/build/lib/libspdk_bdev.a" ] && [ -e "$1/build/lib/libspdk_nvmf.a" ]; }
+
+# Free and total hugepage memory of the default size, in MiB.
+hugepages_free_mib() { awk '/^HugePages_Free/ { n = $2 } /^Hugepagesize/ { k = $2 } END { print int(n * k / 1024) }' /proc/meminfo; }
+hugepages_total_mib() { awk '/^HugePages_Total/ { n = $2 } /^Hugepagesize/ { k = $2 } END { print int(n * k / 1024) }' /proc/meminfo; }

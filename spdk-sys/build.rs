@@ -1,0 +1,263 @@
+//! Finds a built SPDK tree, generates the bindings from its headers and links it whole.
+//!
+//! Which tree: `SPDK_DIR`, else the one that `scripts/setup.sh` left in its cache.
+//! What differs between versions is found out by looking at the headers themselves, not at the version number, so that the
+//! releases between the two that we test have a fair chance: each difference becomes one `cfg`, used in `src/compat.rs` only.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+/// A difference between SPDK versions: the cfg that is set when `header` contains `text`.
+const PROBES: &[(&str, &str, &str)] = &[
+    ("spdk_app_opts_sized", "event.h", "size_t opts_size"),
+    ("spdk_main_core", "event.h", "main_core"),
+    ("spdk_no_huge", "event.h", "no_huge"),
+    ("spdk_interrupt_mode", "event.h", "interrupt_mode"),
+    ("spdk_usr1_handler", "event.h", "usr1_handler"),
+    ("spdk_bdev_bitfields", "bdev_module.h", "split_on_optimal_io_boundary : 1"),
+    ("spdk_module_fini_done", "bdev_module.h", "void spdk_bdev_module_fini_done("),
+    ("spdk_phys_blocklen", "bdev_module.h", "phys_blocklen;"),
+    ("spdk_reset_drain_timeout", "bdev_module.h", "reset_io_drain_timeout"),
+];
+
+const FUNCTIONS: &[&str] = &[
+    "spdk_app_(opts_init|start|stop|fini|start_shutdown)",
+    "spdk_bdev_(register|unregister|destruct_done|notify_blockcnt_change|module_list_add|module_fini(sh)?_done)",
+    "spdk_bdev_(get_by_name|get_name|get_block_size|get_num_blocks|open_ext|close)",
+    "spdk_bdev_io_(complete|complete_nvme_status|complete_scsi_status|get_buf|get_thread)",
+    "spdk_(dma_malloc|dma_zmalloc|dma_free|env_get_first_core|env_get_next_core|get_ticks|get_ticks_hz)",
+    "spdk_(get_thread|thread_send_msg|thread_get_name|thread_get_by_id|thread_get_id)",
+    "spdk_(poller_register_named|poller_unregister)",
+    "spdk_(io_device_register|io_device_unregister|get_io_channel|put_io_channel|for_each_channel|for_each_channel_continue)",
+    "spdk_io_channel_(get_thread|get_io_device|iter_get_channel|iter_get_ctx)",
+    "spdk_json_write_.*",
+    "spdk_jsonrpc_(begin_result|end_result|send_error_response)",
+    "spdk_rpc_register_method",
+    "spdk_log_(set_level|set_print_level|get_print_level|set_flag|get_flag)",
+    "spdk_pci_addr_(parse|fmt)",
+    "vsnprintf",
+];
+
+const TYPES: &[&str] = &[
+    "spdk_app_opts",
+    "spdk_bdev",
+    "spdk_bdev_io",
+    "spdk_bdev_io_type",
+    "spdk_bdev_io_status",
+    "spdk_bdev_fn_table",
+    "spdk_bdev_module",
+    "spdk_io_channel",
+    "spdk_json_val",
+    "spdk_log_level",
+    "spdk_scsi_(status|sense|asc|ascq)",
+    "spdk_nvme_(status_code_type|generic_command_status_code|media_error_status_code)",
+];
+
+/// v20.07 has no pkg-config files. The DPDK libraries that SPDK needs there, and the system's (facts/spdk.md).
+const DPDK_LIBS_WITHOUT_PKG_CONFIG: &[&str] = &[
+    "eal", "mempool", "ring", "mbuf", "mempool_ring", "pci", "bus_pci", "kvargs", "telemetry", "vhost", "net", "cryptodev",
+    "hash", "ethdev", "meter",
+];
+const SYSTEM_LIBS_WITHOUT_PKG_CONFIG: &[&str] =
+    &["numa", "dl", "rt", "uuid", "crypto", "ssl", "aio", "uring", "pthread", "m"];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=wrapper.h");
+    println!("cargo::rerun-if-env-changed=SPDK_DIR");
+    println!("cargo::rerun-if-env-changed=LLOOP_CACHE");
+
+    let spdk = find_spdk();
+    let (major, minor) = read_version(&spdk);
+    println!("cargo::rerun-if-changed={}", spdk.join("include/spdk/version.h").display());
+    println!("cargo::rerun-if-changed={}", spdk.join("build/lib").display());
+    println!("cargo::rustc-env=SPDK_SYS_VERSION={major}.{minor:02}");
+    println!("cargo::rustc-env=SPDK_SYS_DIR={}", spdk.display());
+
+    let include = spdk.join("include/spdk");
+    for (cfg, header, text) in PROBES {
+        println!("cargo::rustc-check-cfg=cfg({cfg})");
+        let header = include.join(header);
+        if fs::read_to_string(&header).is_ok_and(|content| content.contains(text)) {
+            println!("cargo::rustc-cfg={cfg}");
+        }
+    }
+    generate_bindings(&spdk);
+    link(&spdk);
+}
+
+fn find_spdk() -> PathBuf {
+    if let Some(dir) = env::var_os("SPDK_DIR") {
+        let dir = PathBuf::from(dir);
+        if is_built(&dir) {
+            return fs::canonicalize(&dir).unwrap_or(dir);
+        }
+        give_up(&format!(
+            "SPDK_DIR={} is not a built SPDK tree (it has no include/spdk/version.h with build/lib/libspdk_bdev.a)",
+            dir.display()
+        ));
+    }
+    let cache = env::var_os("LLOOP_CACHE").map(PathBuf::from).or_else(|| {
+        env::var_os("HOME").map(|home| Path::new(&home).join(".cache/lloop"))
+    });
+    let mut trees: Vec<PathBuf> = cache
+        .iter()
+        .filter_map(|cache| fs::read_dir(cache).ok())
+        .flatten()
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.join(".lloop-complete").exists() && is_built(path))
+        .collect();
+    trees.sort_by_key(|path| fs::metadata(path.join(".lloop-complete")).and_then(|m| m.modified()).ok());
+    trees.pop().unwrap_or_else(|| give_up("no SPDK found"))
+}
+
+fn give_up(why: &str) -> ! {
+    println!("cargo::error={why}");
+    println!("cargo::error=run scripts/setup.sh, which fetches and builds SPDK v20.07, or set SPDK_DIR to a built tree (v20.07 to v26.05)");
+    println!("cargo::error=(the lloop command line alone builds without SPDK: cargo build --no-default-features --bin lloop)");
+    std::process::exit(1);
+}
+
+fn is_built(dir: &Path) -> bool {
+    dir.join("include/spdk/version.h").exists() && dir.join("build/lib/libspdk_bdev.a").exists()
+}
+
+fn read_version(spdk: &Path) -> (u32, u32) {
+    let header = spdk.join("include/spdk/version.h");
+    let text = fs::read_to_string(&header).unwrap_or_else(|e| give_up(&format!("{}: {e}", header.display())));
+    let number = |name: &str| {
+        text.lines().find_map(|line| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some("#define") && words.next() == Some(name)).then(|| words.next()?.parse().ok())?
+        })
+    };
+    match (number("SPDK_VERSION_MAJOR"), number("SPDK_VERSION_MINOR")) {
+        (Some(major), Some(minor)) if (major, minor) >= (20, 7) => (major, minor),
+        (Some(major), Some(minor)) => give_up(&format!("SPDK v{major}.{minor:02} is older than v20.07")),
+        _ => give_up(&format!("{} states no version", header.display())),
+    }
+}
+
+fn generate_bindings(spdk: &Path) {
+    let mut builder = bindgen::Builder::default()
+        .header("wrapper.h")
+        .clang_arg(format!("-I{}", spdk.join("include").display()))
+        .clang_arg("-D_GNU_SOURCE")
+        .rust_target(bindgen::RustTarget::stable(85, 0).unwrap_or_default())
+        .rust_edition(bindgen::RustEdition::Edition2024)
+        .default_enum_style(bindgen::EnumVariation::ModuleConsts)
+        .prepend_enum_name(false)
+        .derive_default(false)
+        .derive_debug(false)
+        .layout_tests(true)
+        .generate_comments(false)
+        .wrap_unsafe_ops(true)
+        // Packed structures around aligned ones, which Rust cannot express (E0588); nobody here looks inside.
+        .opaque_type("spdk_nvme_.*_(cmd|cpl|data|desc.*|page|status|register.*|cap.*|rsvd.*)")
+        .opaque_type("spdk_nvme_(cmd|cpl|status|ctrlr.*|ns.*|sgl.*|registers|uevent|transport.*|tcp.*|health.*|error.*|firmware.*|fw.*|zns.*|cdw.*|feat.*|ana.*|resv.*|reservation.*|host.*|format|protection.*|dsm.*|scc.*|pmr.*|cmb.*|aq.*|xfer.*|intel.*|ocssd.*)")
+        .opaque_type("spdk_nvmf_.*")
+        .opaque_type("spdk_bdev_ext_io_opts")
+        // libc's, so that the os layer, which knows no SPDK, speaks of the same type.
+        .blocklist_type("iovec")
+        .raw_line("use libc::iovec;");
+    for function in FUNCTIONS {
+        builder = builder.allowlist_function(function);
+    }
+    for ty in TYPES {
+        builder = builder.allowlist_type(ty);
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("bindings.rs");
+    let bindings = builder.generate().unwrap_or_else(|e| {
+        give_up(&format!("bindgen could not read the headers of {}: {e} (is libclang-dev installed?)", spdk.display()))
+    });
+    bindings.write_to_file(&out).unwrap_or_else(|e| give_up(&format!("{}: {e}", out.display())));
+}
+
+/// Whole-archive: SPDK registers its modules, RPCs and mempool operations in constructors that nothing refers to by name.
+/// `-bundle` keeps SPDK out of liblloop.a and makes cargo hand the archives on to every binary.
+fn link_whole(name: &str) {
+    println!("cargo::rustc-link-lib=static:+whole-archive,-bundle={name}");
+}
+
+fn link(spdk: &Path) {
+    let lib_dir = spdk.join("build/lib");
+    println!("cargo::rustc-link-search=native={}", lib_dir.display());
+    for name in archives(&lib_dir, "libspdk_") {
+        // A test double of half of SPDK, left by the unit tests.
+        if name != "spdk_ut_mock" {
+            link_whole(&name);
+        }
+    }
+    if lib_dir.join("pkgconfig/spdk_syslibs.pc").exists() {
+        link_by_pkg_config(spdk, &lib_dir);
+    } else {
+        let dpdk = dpdk_lib_dir(spdk);
+        println!("cargo::rustc-link-search=native={}", dpdk.display());
+        for name in DPDK_LIBS_WITHOUT_PKG_CONFIG {
+            if dpdk.join(format!("librte_{name}.a")).exists() {
+                link_whole(&format!("rte_{name}"));
+            }
+        }
+        for name in SYSTEM_LIBS_WITHOUT_PKG_CONFIG {
+            println!("cargo::rustc-link-lib=dylib={name}");
+        }
+    }
+}
+
+fn link_by_pkg_config(spdk: &Path, lib_dir: &Path) {
+    // SAFETY: the build script has one thread.
+    unsafe { env::set_var("PKG_CONFIG_PATH", lib_dir.join("pkgconfig")) };
+    let query = |name: &str| {
+        pkg_config::Config::new()
+            .cargo_metadata(false)
+            .env_metadata(false)
+            .print_system_libs(false)
+            .probe(name)
+            .unwrap_or_else(|e| give_up(&format!("pkg-config {name} of {}: {e}", spdk.display())))
+    };
+    let dpdk = query("spdk_dpdklibs");
+    for path in &dpdk.link_paths {
+        println!("cargo::rustc-link-search=native={}", path.display());
+    }
+    for name in dpdk.libs.iter().collect::<BTreeSet<_>>() {
+        link_whole(name);
+    }
+    let system = query("spdk_syslibs");
+    for file in &system.link_files {
+        // An archive by full path (isa-l of the tree itself).
+        if let (Some(dir), Some(stem)) = (file.parent(), file.file_stem().and_then(|s| s.to_str())) {
+            println!("cargo::rustc-link-search=native={}", dir.display());
+            println!("cargo::rustc-link-lib=static:-bundle={}", stem.trim_start_matches("lib"));
+        }
+    }
+    for path in &system.link_paths {
+        println!("cargo::rustc-link-search=native={}", path.display());
+    }
+    for name in &system.libs {
+        println!("cargo::rustc-link-lib=dylib={name}");
+    }
+    // pkg-config leaves -pthread to the compiler driver.
+    println!("cargo::rustc-link-lib=dylib=pthread");
+}
+
+fn archives(dir: &Path, prefix: &str) -> BTreeSet<String> {
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with(prefix))
+        .filter_map(|name| Some(name.strip_suffix(".a")?.strip_prefix("lib")?.to_owned()))
+        .collect()
+}
+
+/// The DPDK that SPDK was configured with.
+fn dpdk_lib_dir(spdk: &Path) -> PathBuf {
+    let config = fs::read_to_string(spdk.join("mk/config.mk")).unwrap_or_default();
+    let dpdk = config
+        .lines()
+        .find_map(|line| line.strip_prefix("CONFIG_DPDK_DIR")?.trim_start_matches(['?', ':']).strip_prefix('='))
+        .map(str::trim)
+        .filter(|dir| Path::new(dir).join("lib").is_dir());
+    dpdk.map_or_else(|| spdk.join("dpdk/build"), PathBuf::from).join("lib")
+}

@@ -1,0 +1,144 @@
+//! The differences between SPDK v20.07 and v26.05, all of them: each function here has one meaning on every version.
+//! Which branch is taken is decided by `build.rs`, from the headers.
+
+use crate::bindings::*;
+use core::ffi::{c_char, c_int};
+use core::mem::MaybeUninit;
+
+/// The options of an application with SPDK's defaults.
+pub fn app_opts_default() -> spdk_app_opts {
+    let mut opts = MaybeUninit::<spdk_app_opts>::zeroed();
+    // SAFETY: the function fills in a structure of the size that these bindings were generated for; all-zero bytes are a
+    // valid value of every field that it leaves alone.
+    unsafe {
+        #[cfg(spdk_app_opts_sized)]
+        spdk_app_opts_init(opts.as_mut_ptr(), size_of::<spdk_app_opts>());
+        #[cfg(not(spdk_app_opts_sized))]
+        spdk_app_opts_init(opts.as_mut_ptr());
+        opts.assume_init()
+    }
+}
+
+/// Sets the core that runs the application thread (`--main-core`; `--master-core` in v20.07).
+pub fn app_opts_set_main_core(opts: &mut spdk_app_opts, core: c_int) {
+    #[cfg(spdk_main_core)]
+    {
+        opts.main_core = core;
+    }
+    #[cfg(not(spdk_main_core))]
+    {
+        opts.master_core = core;
+    }
+}
+
+/// Runs without hugepages; `false` when this SPDK cannot.
+pub fn app_opts_set_no_huge(opts: &mut spdk_app_opts) -> bool {
+    #[cfg(spdk_no_huge)]
+    {
+        opts.no_huge = true;
+        true
+    }
+    #[cfg(not(spdk_no_huge))]
+    {
+        let _ = opts;
+        false
+    }
+}
+
+/// Lets reactors sleep on event descriptors; `false` when this SPDK cannot.
+pub fn app_opts_set_interrupt_mode(opts: &mut spdk_app_opts) -> bool {
+    #[cfg(spdk_interrupt_mode)]
+    {
+        opts.interrupt_mode = true;
+        true
+    }
+    #[cfg(not(spdk_interrupt_mode))]
+    {
+        let _ = opts;
+        false
+    }
+}
+
+/// Restricts the PCI devices to those listed, or all but those listed.
+///
+/// `addresses` must stay where it is until `spdk_app_start` returns.
+pub fn app_opts_set_pci_list(opts: &mut spdk_app_opts, addresses: &mut [spdk_pci_addr], allowed: bool) {
+    opts.num_pci_addr = addresses.len();
+    let list = addresses.as_mut_ptr();
+    #[cfg(spdk_main_core)]
+    if allowed {
+        opts.pci_allowed = list;
+    } else {
+        opts.pci_blocked = list;
+    }
+    #[cfg(not(spdk_main_core))]
+    if allowed {
+        opts.pci_whitelist = list;
+    } else {
+        opts.pci_blacklist = list;
+    }
+}
+
+/// Makes the bdev layer split reads and writes at `optimal_io_boundary` (a flag; a bit field in newer versions).
+pub fn bdev_set_split_on_optimal_io_boundary(bdev: &mut spdk_bdev, split: bool) {
+    #[cfg(spdk_bdev_bitfields)]
+    bdev.__bindgen_anon_1.set_split_on_optimal_io_boundary(split.into());
+    #[cfg(not(spdk_bdev_bitfields))]
+    {
+        bdev.split_on_optimal_io_boundary = split;
+    }
+}
+
+/// Sets the physical block size in bytes, where SPDK has one to set.
+pub fn bdev_set_phys_blocklen(bdev: &mut spdk_bdev, len_bytes: u32) {
+    #[cfg(spdk_phys_blocklen)]
+    {
+        bdev.phys_blocklen = len_bytes;
+    }
+    #[cfg(not(spdk_phys_blocklen))]
+    {
+        let _ = (bdev, len_bytes);
+    }
+}
+
+/// Tells the bdev layer that the asynchronous end of a module is done.
+///
+/// # Safety
+/// Only in answer to `module_fini` of a module with `async_fini` set, once, on an SPDK thread.
+pub unsafe fn bdev_module_fini_done() {
+    // SAFETY: as the caller promises.
+    unsafe {
+        #[cfg(spdk_module_fini_done)]
+        spdk_bdev_module_fini_done();
+        #[cfg(not(spdk_module_fini_done))]
+        spdk_bdev_module_finish_done();
+    }
+}
+
+/// Whether anybody has the bdev open.
+///
+/// # Safety
+/// `bdev` is registered, and the caller is on the thread that opens and closes bdevs (the application thread).
+pub unsafe fn bdev_is_open(bdev: *const spdk_bdev) -> bool {
+    // SAFETY: registered, so its list of descriptors is initialised.
+    unsafe { !(*bdev).internal.open_descs.tqh_first.is_null() }
+}
+
+/// Whether this SPDK can run reactors in interrupt mode.
+pub const HAS_INTERRUPT_MODE: bool = cfg!(spdk_interrupt_mode);
+
+/// The arguments of `spdk_log_cb` after the format, as vsnprintf takes them.
+#[cfg(target_arch = "x86_64")]
+pub type VaList = *mut __va_list_tag;
+/// The arguments of `spdk_log_cb` after the format, as vsnprintf takes them.
+#[cfg(not(target_arch = "x86_64"))]
+pub type VaList = va_list;
+
+/// Formats what SPDK's log hands over into `buffer`; the length it would have had, or negative on an error.
+///
+/// # Safety
+/// `format` is a C string and `args` are its arguments, as SPDK passes both to a log callback.
+pub unsafe fn format_log(buffer: &mut [u8], format: *const c_char, args: VaList) -> c_int {
+    // SAFETY: the buffer's length is given; the rest is the caller's promise.
+    unsafe { vsnprintf(buffer.as_mut_ptr().cast(), buffer.len() as _, format, args) }
+}

@@ -1,0 +1,17 @@
+//! What the engines need of the operating system, made safe: files with direct I/O, locks, the Lustre calls, memory that
+//! requests live in, and sleeping and waking. Nothing here knows SPDK.
+
+pub mod bounce;
+pub mod clock;
+pub mod event;
+pub mod file;
+pub mod iov;
+pub mod lock;
+pub mod lustre;
+pub mod queue;
+pub mod thread;
+
+/// The calling thread's `errno` as a positive number.
+pub(crate) fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
+}

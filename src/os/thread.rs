@@ -1,0 +1,67 @@
+//! Names and places of threads.
+
+/// Lets the calling thread run on every processor but those in `excluded`, or on all when nothing else is left.
+///
+/// A thread inherits the affinity of the one that starts it, and reactors are pinned to one core each: a worker that kept
+/// that would compete with the reactor that never sleeps.
+pub fn run_anywhere_but(excluded: &[u32]) {
+    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
+    let cpus = parse_cpu_list(&online);
+    let allowed: Vec<u32> = cpus.iter().copied().filter(|cpu| !excluded.contains(cpu)).collect();
+    // The kernel intersects with the cgroup's cpuset and refuses an empty result: then the wider set is tried.
+    if allowed.is_empty() || !set_affinity(&allowed) {
+        set_affinity(&cpus);
+    }
+}
+
+fn set_affinity(cpus: &[u32]) -> bool {
+    // SAFETY: an all-zero cpu_set_t is the empty set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    for &cpu in cpus.iter().filter(|&&cpu| cpu < libc::CPU_SETSIZE as u32) {
+        // SAFETY: the index was checked against the set's size.
+        unsafe { libc::CPU_SET(cpu as usize, &mut set) };
+    }
+    // SAFETY: 0 is the calling thread; the set is live and its size is given.
+    unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) == 0 }
+}
+
+/// Parses the kernel's list format: `0-3,8,10-11`.
+fn parse_cpu_list(text: &str) -> Vec<u32> {
+    text.trim()
+        .split(',')
+        .filter_map(|range| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            Some(first.parse::<u32>().ok()?..=last.parse::<u32>().ok()?)
+        })
+        .flatten()
+        .collect()
+}
+
+/// Gives the processor up for a moment while spinning.
+#[inline]
+pub fn relax() {
+    std::hint::spin_loop();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cpu_lists() {
+        assert_eq!(parse_cpu_list("0-3,8,10-11\n"), [0, 1, 2, 3, 8, 10, 11]);
+        assert_eq!(parse_cpu_list("0"), [0]);
+        assert_eq!(parse_cpu_list(""), [0u32; 0]);
+    }
+
+    #[test]
+    fn a_thread_can_be_moved_and_none_is_left_without_a_processor() {
+        std::thread::spawn(|| {
+            run_anywhere_but(&[0]);
+            run_anywhere_but(&parse_cpu_list(&std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap()));
+            assert!(std::thread::available_parallelism().unwrap().get() >= 1);
+        })
+        .join()
+        .unwrap();
+    }
+}
