@@ -28,8 +28,8 @@ impl BounceBuffer {
                 0,
             )
         };
-        match NonNull::new(start.cast()) {
-            Some(start) if start.as_ptr().cast() != libc::MAP_FAILED => Ok(BounceBuffer { start, len_bytes }),
+        match NonNull::new(start.cast::<u8>()) {
+            Some(start) if start.as_ptr().cast::<libc::c_void>() != libc::MAP_FAILED => Ok(BounceBuffer { start, len_bytes }),
             _ => Err(std::io::Error::last_os_error()),
         }
     }

@@ -5,13 +5,21 @@
 /// A thread inherits the affinity of the one that starts it, and reactors are pinned to one core each: a worker that kept
 /// that would compete with the reactor that never sleeps.
 pub fn run_anywhere_but(excluded: &[u32]) {
-    let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
-    let cpus = parse_cpu_list(&online);
+    let cpus = online_cpus();
     let allowed: Vec<u32> = cpus.iter().copied().filter(|cpu| !excluded.contains(cpu)).collect();
     // The kernel intersects with the cgroup's cpuset and refuses an empty result: then the wider set is tried.
     if allowed.is_empty() || !set_affinity(&allowed) {
         set_affinity(&cpus);
     }
+}
+
+/// How many processors there are beside those in `excluded`.
+pub fn processors_but(excluded: &[u32]) -> usize {
+    online_cpus().iter().filter(|cpu| !excluded.contains(cpu)).count()
+}
+
+fn online_cpus() -> Vec<u32> {
+    parse_cpu_list(&std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default())
 }
 
 fn set_affinity(cpus: &[u32]) -> bool {
@@ -58,7 +66,8 @@ mod tests {
     fn a_thread_can_be_moved_and_none_is_left_without_a_processor() {
         std::thread::spawn(|| {
             run_anywhere_but(&[0]);
-            run_anywhere_but(&parse_cpu_list(&std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap()));
+            run_anywhere_but(&online_cpus());
+            assert_eq!(processors_but(&online_cpus()), 0);
             assert!(std::thread::available_parallelism().unwrap().get() >= 1);
         })
         .join()

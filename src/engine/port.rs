@@ -1,0 +1,88 @@
+//! A reactor thread's end of the hand-off. Nothing here blocks, locks or allocates once it is set up.
+
+use super::request::Request;
+use super::threads::{Pool, Shared};
+use crate::os::clock::{self, Ticks};
+use crate::os::queue::{Batch, Inbox, List, Placed};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// What one thread submits through and gets its answers from. Stays on that thread.
+pub struct Port<T> {
+    id: u32,
+    pool: Arc<Shared<T>>,
+    answers: Arc<Inbox<Request<T>>>,
+    staged: Batch<Request<T>>,
+    staged_slow: bool,
+    in_flight: usize,
+    last_look: Ticks,
+    last_picks: u64,
+}
+
+impl<T: Send + 'static> Port<T> {
+    /// A port to `pool`. Takes the pool's lock: for the control plane.
+    pub fn new(pool: &Pool<T>) -> Self {
+        let answers = Arc::new(Inbox::default());
+        Port {
+            id: pool.shared().add_port(answers.clone()),
+            pool: pool.shared().clone(),
+            answers,
+            staged: Batch::default(),
+            staged_slow: false,
+            in_flight: 0,
+            last_look: 0,
+            last_picks: 0,
+        }
+    }
+
+    /// Takes a request in; the next [`Port::ring`] hands it over.
+    pub fn stage(&mut self, mut request: Placed<Request<T>>) {
+        request.port = self.id;
+        self.staged_slow |= request.target.slow();
+        self.staged.push(request);
+        self.in_flight += 1;
+    }
+
+    /// Hands over what is staged: one atomic operation, and one system call at most, when nobody is awake to see it.
+    pub fn ring(&mut self) {
+        if self.staged.is_empty() {
+            return;
+        }
+        self.pool.submit(std::mem::take(&mut self.staged), std::mem::take(&mut self.staged_slow));
+    }
+
+    /// Takes all answers that are there. Also notices, when there are none for a while, that the awake workers are all stuck
+    /// and somebody else has to be woken.
+    pub fn reap(&mut self) -> List<Request<T>> {
+        let answers = self.answers.take_all();
+        self.in_flight -= answers.len();
+        if self.in_flight > 0 && answers.is_empty() {
+            self.look_for_a_stall();
+        }
+        answers
+    }
+
+    /// How many requests are staged or handed over and not yet reaped.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn look_for_a_stall(&mut self) {
+        let now = clock::now();
+        if now.wrapping_sub(self.last_look) < self.pool.stall_ticks {
+            return;
+        }
+        self.last_look = now;
+        let picks = self.pool.picks.load(Ordering::Relaxed);
+        if std::mem::replace(&mut self.last_picks, picks) == picks {
+            self.pool.help();
+        }
+    }
+}
+
+impl<T> Drop for Port<T> {
+    fn drop(&mut self) {
+        debug_assert!(self.in_flight == 0 || std::thread::panicking(), "a port was closed with {} requests", self.in_flight);
+        self.pool.remove_port(self.id);
+    }
+}

@@ -1,0 +1,94 @@
+//! One I/O on its way through an engine.
+
+use super::target::Target;
+use crate::os::clock::{self, Ticks};
+use crate::os::iov::IoVecs;
+use crate::os::queue::Placed;
+use std::sync::Arc;
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// Fill the memory from the file.
+    Read,
+    /// Write the memory to the file.
+    Write,
+    /// Make everything that was completed before durable.
+    Flush,
+    /// Give the range back to the filesystem; it reads as zeroes afterwards.
+    Unmap,
+    /// Make the range read as zeroes, keeping its space where the filesystem can.
+    WriteZeroes,
+}
+
+/// An I/O. `T` is what its submitter wants back with the answer.
+pub struct Request<T> {
+    pub(super) op: Op,
+    pub(super) port: u32,
+    pub(super) lane: u32,
+    /// 0 while all is well.
+    pub(super) errno: i32,
+    pub(super) target: Arc<Target>,
+    /// In the file, not in the device.
+    pub(super) offset_bytes: u64,
+    pub(super) len_bytes: u64,
+    pub(super) iovs: IoVecs,
+    pub(super) submitted: Ticks,
+    token: T,
+}
+
+/// What became of a request.
+pub struct Answer<T> {
+    /// What the submitter put in.
+    pub token: T,
+    /// What was to be done.
+    pub op: Op,
+    /// Length of the range in bytes.
+    pub len_bytes: u64,
+    /// Done, or the errno (positive) of what failed. Nothing in between: a short transfer has been continued.
+    pub result: Result<(), i32>,
+    /// When it was submitted.
+    pub submitted: Ticks,
+}
+
+impl<T> Request<T> {
+    /// A request on the device range `offset_bytes..offset_bytes + len_bytes` of `lane`'s file. `iovs` holds as many bytes for
+    /// reads and writes, and nothing otherwise.
+    pub fn new(op: Op, lane: &super::Lane<T>, offset_bytes: u64, len_bytes: u64, iovs: IoVecs, token: T) -> Self {
+        let target = lane.target().clone();
+        Request {
+            op,
+            port: u32::MAX,
+            lane: lane.id(),
+            errno: 0,
+            offset_bytes: target.base_bytes() + offset_bytes,
+            target,
+            len_bytes,
+            iovs,
+            submitted: clock::now(),
+            token,
+        }
+    }
+
+    /// First byte behind the range.
+    pub(super) fn end_bytes(&self) -> u64 {
+        self.offset_bytes + self.len_bytes
+    }
+
+    /// Consumes an executed request.
+    pub fn answer(this: Placed<Self>) -> Answer<T> {
+        let request = this.take();
+        Answer {
+            op: request.op,
+            len_bytes: request.len_bytes,
+            result: if request.errno == 0 { Ok(()) } else { Err(request.errno) },
+            submitted: request.submitted,
+            token: request.token,
+        }
+    }
+
+    /// Sets the outcome.
+    pub(super) fn conclude(&mut self, result: Result<(), i32>) {
+        self.errno = result.err().unwrap_or(0);
+    }
+}

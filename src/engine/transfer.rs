@@ -1,0 +1,250 @@
+//! Executing requests with blocking calls: what a worker does between taking a request and answering it.
+//!
+//! Three ways, from fast to slow: memory and range aligned, straight into the request's memory; only the range aligned,
+//! through a bounce buffer; neither, by reading the pages at the edges, patching and writing them. The scheduler keeps
+//! overlapping requests away from the third.
+
+use super::request::{Op, Request};
+use super::target::Target;
+use crate::os::bounce::BounceBuffer;
+use crate::os::iov::{IoVecs, IovList};
+use crate::os::queue::List;
+
+/// How much a worker bounces at a time.
+const BOUNCE_BYTES: usize = 1 << 20;
+
+type Outcome = Result<(), i32>;
+
+/// A worker's reusable memory: reserved when the worker starts, so that no I/O allocates.
+pub struct Transfer {
+    iovs: IovList,
+    bounce: BounceBuffer,
+}
+
+impl Transfer {
+    /// Reserves the memory.
+    ///
+    /// # Errors
+    /// The system's, when it has none.
+    pub fn new() -> std::io::Result<Self> {
+        Ok(Transfer { iovs: IovList::default(), bounce: BounceBuffer::new(BOUNCE_BYTES)? })
+    }
+
+    /// Executes the requests of one [`super::sched::Work`]: several only when they are flushes of one file, or neighbours.
+    pub fn execute<T>(&mut self, requests: &mut List<Request<T>>) {
+        let Some(first) = requests.front() else { return };
+        if first.op == Op::Flush {
+            let result = first.target.file().sync_data();
+            requests.iter_mut().for_each(|request| request.conclude(result));
+        } else if requests.len() == 1 || !self.merged(requests) {
+            for request in requests.iter_mut() {
+                let result = self.single(request);
+                request.conclude(result);
+            }
+        }
+    }
+
+    /// Neighbours in one call. False when that did not do all of it: then each gets its own call and its own result.
+    fn merged<T>(&mut self, requests: &List<Request<T>>) -> bool {
+        let Some(first) = requests.front() else { return true };
+        let mut wanted = 0;
+        self.iovs.clear();
+        for request in requests.iter() {
+            self.iovs.push(&request.iovs, 0);
+            wanted += request.len_bytes;
+        }
+        call(&first.target, first.op, &self.iovs, first.offset_bytes) == Ok(wanted as usize)
+    }
+
+    fn single<T>(&mut self, request: &Request<T>) -> Outcome {
+        let (target, op) = (&*request.target, request.op);
+        let align = target.file().offset_align_bytes() as u64;
+        let whole_pages = (request.offset_bytes | request.len_bytes) & (align - 1) == 0;
+        match op {
+            Op::Read | Op::Write if whole_pages => {
+                if request.iovs.is_aligned(target.file().memory_align_bytes(), align as usize) {
+                    self.direct(target, op, request)
+                } else {
+                    self.bounced(target, op, request)
+                }
+            }
+            Op::Read => self.read_parts(target, request),
+            Op::Write => self.write_parts(target, request.offset_bytes, request.len_bytes, Some((&request.iovs, 0))),
+            Op::Unmap | Op::WriteZeroes => self.zero(target, request),
+            Op::Flush => target.file().sync_data(),
+        }
+    }
+
+    fn direct<T>(&mut self, target: &Target, op: Op, request: &Request<T>) -> Outcome {
+        let mut done = 0;
+        while done < request.len_bytes {
+            self.iovs.clear();
+            self.iovs.push(&request.iovs, done as usize);
+            let n = call(target, op, &self.iovs, request.offset_bytes + done)?;
+            done += progress(target, op, n)?;
+        }
+        Ok(())
+    }
+
+    fn bounced<T>(&mut self, target: &Target, op: Op, request: &Request<T>) -> Outcome {
+        let mut done = 0;
+        while done < request.len_bytes {
+            let chunk = (request.len_bytes - done).min(BOUNCE_BYTES as u64) as usize;
+            if op == Op::Write {
+                request.iovs.gather(done as usize, &mut self.bounce.as_mut_slice()[..chunk]);
+            }
+            self.chunk(target, op, request.offset_bytes + done, chunk)?;
+            if op == Op::Read {
+                request.iovs.scatter(done as usize, &self.bounce.as_mut_slice()[..chunk]);
+            }
+            done += chunk as u64;
+        }
+        Ok(())
+    }
+
+    /// Moves the first `len` bytes of the bounce buffer, all of them.
+    fn chunk(&mut self, target: &Target, op: Op, offset_bytes: u64, len: usize) -> Outcome {
+        let mut done = 0;
+        while done < len {
+            self.iovs.clear();
+            self.iovs.push_slice(&mut self.bounce.as_mut_slice()[done..len]);
+            let n = call(target, op, &self.iovs, offset_bytes + done as u64)?;
+            done += progress(target, op, n)? as usize;
+        }
+        Ok(())
+    }
+
+    fn read_parts<T>(&mut self, target: &Target, request: &Request<T>) -> Outcome {
+        for part in pages(request.offset_bytes, request.len_bytes, target.file().offset_align_bytes() as u64) {
+            self.chunk(target, Op::Read, part.page_start, part.pages_len)?;
+            let bytes = &self.bounce.as_mut_slice()[part.lead..part.lead + part.len];
+            request.iovs.scatter(part.done, bytes);
+        }
+        Ok(())
+    }
+
+    /// Writes `data` (from a position in it on), or zeroes, over a range that covers parts of pages.
+    fn write_parts(&mut self, target: &Target, offset_bytes: u64, len_bytes: u64, data: Option<(&IoVecs, usize)>) -> Outcome {
+        let align = target.file().offset_align_bytes();
+        for part in pages(offset_bytes, len_bytes, align as u64) {
+            let tail_page = part.pages_len - align;
+            let tail_is_partial = part.lead + part.len != part.pages_len;
+            // `chunk` works on the front of the buffer: the last page goes through there to its place, then comes the first.
+            if tail_page != 0 && tail_is_partial {
+                self.chunk(target, Op::Read, part.page_start + tail_page as u64, align)?;
+                self.bounce.as_mut_slice().copy_within(..align, tail_page);
+            }
+            if part.lead != 0 || (tail_page == 0 && tail_is_partial) {
+                self.chunk(target, Op::Read, part.page_start, align)?;
+            }
+            let patch = &mut self.bounce.as_mut_slice()[part.lead..part.lead + part.len];
+            match data {
+                Some((iovs, skip)) => {
+                    iovs.gather(skip + part.done, patch);
+                }
+                None => patch.fill(0),
+            }
+            self.chunk(target, Op::Write, part.page_start, part.pages_len)?;
+        }
+        Ok(())
+    }
+
+    /// Whole pages by the filesystem, parts of pages by writing zeroes: all of the range reads as zeroes afterwards.
+    fn zero<T>(&mut self, target: &Target, request: &Request<T>) -> Outcome {
+        let align = target.file().offset_align_bytes() as u64;
+        let (start, end) = (request.offset_bytes, request.end_bytes());
+        let (first, last) = (start.next_multiple_of(align), end - end % align);
+        if first >= last {
+            return self.write_parts(target, start, end - start, None);
+        }
+        if start < first {
+            self.write_parts(target, start, first - start, None)?;
+        }
+        if last < end {
+            self.write_parts(target, last, end - last, None)?;
+        }
+        match request.op {
+            Op::Unmap => target.file().punch(first, last - first),
+            _ => target.zero_pages(first, last - first),
+        }
+    }
+}
+
+fn call(target: &Target, op: Op, iovs: &IovList, offset_bytes: u64) -> Result<usize, i32> {
+    match op {
+        Op::Read => target.file().read_at(iovs, offset_bytes),
+        _ => target.file().write_at(iovs, offset_bytes),
+    }
+}
+
+/// How far a call that moved `n` bytes has brought us: whole pages, since direct I/O continues on those only.
+///
+/// # Errors
+/// EIO when that is nothing. For a read this is the end of the file, inside the device: zeroes would be a lie.
+fn progress(target: &Target, op: Op, n: usize) -> Result<u64, i32> {
+    let whole = n - n % target.file().offset_align_bytes();
+    if whole == 0 {
+        if op == Op::Read {
+            target.set_degraded(libc::EIO);
+        }
+        return Err(libc::EIO);
+    }
+    Ok(whole as u64)
+}
+
+/// A piece of a range, with the pages around it.
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+struct Part {
+    page_start: u64,
+    pages_len: usize,
+    /// Bytes of the first page before the piece.
+    lead: usize,
+    len: usize,
+    /// Bytes of the range before this piece.
+    done: usize,
+}
+
+/// Cuts a range into pieces whose pages fit the bounce buffer.
+fn pages(offset_bytes: u64, len_bytes: u64, align: u64) -> impl Iterator<Item = Part> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        if done == len_bytes {
+            return None;
+        }
+        let start = offset_bytes + done;
+        let page_start = start - start % align;
+        let end = (offset_bytes + len_bytes).min(page_start + BOUNCE_BYTES as u64);
+        let part = Part {
+            page_start,
+            pages_len: (end.next_multiple_of(align) - page_start) as usize,
+            lead: (start - page_start) as usize,
+            len: (end - start) as usize,
+            done: done as usize,
+        };
+        done += end - start;
+        Some(part)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn parts_cover_the_range_once_and_fit(offset in 0u64..1 << 40, len in 0u64..5 << 20, shift in 9u32..17) {
+            let align = 1u64 << shift;
+            let mut next = offset;
+            for part in pages(offset, len, align) {
+                prop_assert_eq!(part.page_start + part.lead as u64, next);
+                prop_assert_eq!(part.done as u64, next - offset);
+                prop_assert!(part.len > 0 && part.lead + part.len <= part.pages_len && part.pages_len <= BOUNCE_BYTES);
+                prop_assert_eq!((part.page_start % align, part.pages_len as u64 % align), (0, 0));
+                prop_assert!(part.pages_len - (part.lead + part.len) < align as usize && part.lead < align as usize);
+                next += part.len as u64;
+            }
+            prop_assert_eq!(next, offset + len);
+        }
+    }
+}

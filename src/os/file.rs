@@ -1,0 +1,408 @@
+//! A regular file opened for direct I/O: finding out what it is, and the calls that move data.
+
+use super::iov::IovList;
+use super::lustre::{self, Fid};
+use super::{bounce::BounceBuffer, errno};
+use crate::error::{Error, Result, reason};
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+const PAGE_BYTES: usize = 4096;
+
+/// How to open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// No writes.
+    pub read_only: bool,
+    /// Accept filesystems other than Lustre.
+    pub allow_any_fs: bool,
+}
+
+/// What makes a file itself, whatever path leads to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// Device of the mount. Not stable over a reboot.
+    pub dev: u64,
+    /// Inode number.
+    pub ino: u64,
+    /// `statfs` type.
+    pub fs_magic: u64,
+    /// `statfs` id: stable over remounts where the filesystem has a UUID.
+    pub fs_id: u64,
+    /// The FID, on Lustre.
+    pub fid: Option<Fid>,
+}
+
+impl Identity {
+    /// The filesystem's name: `"lustre"`, `"ext4"`, ... or its magic in hexadecimal.
+    pub fn fs_name(&self) -> String {
+        let name = match self.fs_magic {
+            lustre::CLIENT_MAGIC => "lustre",
+            0xEF53 => "ext4",
+            0x5846_5342 => "xfs",
+            0x9123_683E => "btrfs",
+            0x6573_5546 => "fuse",
+            0x6969 => "nfs",
+            0x794C_7630 => "overlay",
+            0x2FC1_2FC1 => "zfs",
+            0xF2F5_2010 => "f2fs",
+            other => return format!("{other:#x}"),
+        };
+        name.to_owned()
+    }
+
+    /// Whether the two are one file.
+    pub fn is_same_file(&self, other: &Identity) -> bool {
+        (self.dev, self.ino) == (other.dev, other.ino)
+    }
+
+    /// A UUID that is the same at every attach, on every node that sees the same filesystem id: RFC 9562 version 5 over
+    /// filesystem type, filesystem id and FID (Lustre) or inode number.
+    pub fn uuid(&self) -> uuid::Uuid {
+        const NAMESPACE: uuid::Uuid = uuid::uuid!("6c6c6f6f-7000-5000-8000-6c7573747265");
+        let file = self.fid.map_or_else(|| format!("ino {}", self.ino), |fid| format!("fid {fid}"));
+        uuid::Uuid::new_v5(&NAMESPACE, format!("{:x} {:016x} {file}", self.fs_magic, self.fs_id).as_bytes())
+    }
+}
+
+/// A regular file opened with O_DIRECT that was seen to do direct I/O.
+#[derive(Debug)]
+pub struct DirectFile {
+    fd: OwnedFd,
+    path: PathBuf,
+    identity: Identity,
+    read_only: bool,
+    offset_align_bytes: usize,
+    memory_align_bytes: usize,
+}
+
+impl DirectFile {
+    /// Opens `path`. Blocks as long as the filesystem does.
+    ///
+    /// The path is resolved once, to a handle that gives no access; what it is gets checked there, and the real open goes
+    /// through that handle: nobody can swap the file in between, and a device node or FIFO is never opened.
+    ///
+    /// # Errors
+    /// ENOENT, EACCES, ELOOP, EROFS and their like from the system; EINVAL for what is not a regular file, not on Lustre
+    /// (unless `allow_any_fs`) or not able to do direct I/O. Nothing stays open.
+    pub fn open(path: &Path, options: OpenOptions) -> Result<Self> {
+        let shown = path.display();
+        let c_path = CString::new(path.as_os_str().as_bytes())
+            .map_err(|_| Error::new(libc::EINVAL, format!("{shown:?} is no path: it holds a NUL byte")))?;
+        let handle = open_fd(&c_path, libc::O_PATH).map_err(|e| open_error(e, path, options))?;
+        let stat = fstat(handle.as_fd()).map_err(|e| Error::os(e, format!("stat {shown}")))?;
+        if let Some(kind) = not_regular(stat.st_mode) {
+            return Err(Error::new(libc::EINVAL, format!("{shown} is a {kind}; only a regular file can be attached")));
+        }
+        let (fs_magic, fs_id) = fstatfs(handle.as_fd()).map_err(|e| Error::os(e, format!("statfs {shown}")))?;
+        check_filesystem(path, fs_magic, options)?;
+
+        let through_handle = CString::new(format!("/proc/self/fd/{}", handle.as_raw_fd())).expect("digits hold no NUL");
+        let mode = if options.read_only { libc::O_RDONLY } else { libc::O_RDWR };
+        let fd = open_fd(&through_handle, mode | libc::O_DIRECT | libc::O_NOCTTY)
+            .map_err(|e| open_error(e, path, options))?;
+        let fid = match fs_magic {
+            lustre::CLIENT_MAGIC => {
+                Some(lustre::fid(fd.as_fd()).map_err(|e| Error::os(e, format!("asking for the FID of {shown}")))?)
+            }
+            _ => None,
+        };
+        let identity = Identity { dev: stat.st_dev, ino: stat.st_ino, fs_magic, fs_id, fid };
+        let mut file = DirectFile {
+            fd,
+            path: path.to_owned(),
+            identity,
+            read_only: options.read_only,
+            offset_align_bytes: PAGE_BYTES,
+            memory_align_bytes: PAGE_BYTES,
+        };
+        file.find_alignment()?;
+        Ok(file)
+    }
+
+    /// What direct I/O wants: the kernel's word where it gives one, else whole pages, tried out with a read.
+    fn find_alignment(&mut self) -> Result<()> {
+        let refuse = || {
+            Error::new(
+                libc::EINVAL,
+                format!("{} cannot do direct I/O (O_DIRECT) on {}; move the file to a filesystem that can",
+                    self.path.display(), self.identity.fs_name()),
+            )
+        };
+        match dio_align(self.fd.as_fd()) {
+            Some((0, _) | (_, 0)) => return Err(refuse()),
+            // Lustre says nothing here; should it ever, whole pages are what every version takes (facts/lustre.md).
+            Some((offset, memory)) if self.identity.fs_magic != lustre::CLIENT_MAGIC => {
+                self.offset_align_bytes = offset.max(512);
+                self.memory_align_bytes = memory;
+            }
+            _ => {
+                // SAFETY: sysconf has no preconditions.
+                let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(PAGE_BYTES as i64) as usize;
+                (self.offset_align_bytes, self.memory_align_bytes) = (page, page);
+            }
+        }
+        let mut buffer = BounceBuffer::new(self.offset_align_bytes)
+            .map_err(|e| Error::os(e.raw_os_error().unwrap_or(libc::ENOMEM), "memory for a trial read"))?;
+        let mut iovs = IovList::default();
+        iovs.push_slice(buffer.as_mut_slice());
+        match self.read_at(&iovs, 0) {
+            Ok(_) => Ok(()),
+            Err(libc::EINVAL | libc::EOPNOTSUPP) => Err(refuse()),
+            Err(e) => Err(Error::os(e, format!("reading the start of {}", self.path.display()))),
+        }
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What file it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Whether it was opened for reading only.
+    pub fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// What offsets and lengths of direct I/O must be multiples of.
+    pub fn offset_align_bytes(&self) -> usize {
+        self.offset_align_bytes
+    }
+
+    /// What memory addresses of direct I/O must be multiples of.
+    pub fn memory_align_bytes(&self) -> usize {
+        self.memory_align_bytes
+    }
+
+    /// Asks for more alignment than the file needs, so that tests meet Lustre's rules on any filesystem.
+    #[doc(hidden)]
+    pub fn pretend_alignment(&mut self, align_bytes: usize) {
+        self.offset_align_bytes = self.offset_align_bytes.max(align_bytes);
+        self.memory_align_bytes = self.memory_align_bytes.max(align_bytes);
+    }
+
+    /// The file's size now, in bytes. Blocks.
+    ///
+    /// # Errors
+    /// The system's errno.
+    pub fn size_bytes(&self) -> std::result::Result<u64, i32> {
+        fstat(self.fd.as_fd()).map(|stat| stat.st_size as u64)
+    }
+
+    /// Writes dirty pages back and drops cached ones: what others wrote through the page cache is on disk before the first
+    /// direct read, and no dirty page can later overwrite what was written directly. Blocks.
+    ///
+    /// # Errors
+    /// The errno of writing back; cached pages that cannot be dropped are none.
+    pub fn drop_cache(&self) -> std::result::Result<(), i32> {
+        self.sync_data()?;
+        // SAFETY: a call on an open descriptor, about pages of the kernel's own.
+        unsafe { libc::posix_fadvise(self.fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        Ok(())
+    }
+
+    /// Reads into `iovs` from `offset_bytes` on; the bytes read, 0 at or behind the end. Blocks.
+    ///
+    /// # Errors
+    /// The system's errno.
+    pub fn read_at(&self, iovs: &IovList, offset_bytes: u64) -> std::result::Result<usize, i32> {
+        let (first, count) = iovs.raw();
+        retry_interrupted(|| {
+            // SAFETY: `iovs` describes memory valid for writes (the invariant of what was pushed into it).
+            unsafe { libc::preadv2(self.fd.as_raw_fd(), first, count, offset_bytes as libc::off_t, 0) }
+        })
+    }
+
+    /// Writes `iovs` from `offset_bytes` on; the bytes written. Blocks.
+    ///
+    /// # Errors
+    /// The system's errno.
+    pub fn write_at(&self, iovs: &IovList, offset_bytes: u64) -> std::result::Result<usize, i32> {
+        let (first, count) = iovs.raw();
+        retry_interrupted(|| {
+            // SAFETY: `iovs` describes memory valid for reads (the invariant of what was pushed into it).
+            unsafe { libc::pwritev2(self.fd.as_raw_fd(), first, count, offset_bytes as libc::off_t, 0) }
+        })
+    }
+
+    /// Makes what was written, and the metadata needed to find it, durable. Blocks.
+    ///
+    /// # Errors
+    /// The system's errno, an earlier asynchronous write error among them.
+    pub fn sync_data(&self) -> std::result::Result<(), i32> {
+        // SAFETY: a call on an open descriptor.
+        retry_interrupted(|| unsafe { libc::fdatasync(self.fd.as_raw_fd()) } as isize).map(drop)
+    }
+
+    /// Gives the range back to the filesystem; it reads as zeroes. The size stays. Blocks.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP where the filesystem cannot; the system's other errnos.
+    pub fn punch(&self, offset_bytes: u64, len_bytes: u64) -> std::result::Result<(), i32> {
+        self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
+    }
+
+    /// Makes the range read as zeroes and keeps its space. The size stays. Blocks.
+    ///
+    /// # Errors
+    /// As for [`DirectFile::punch`].
+    pub fn zero_range(&self, offset_bytes: u64, len_bytes: u64) -> std::result::Result<(), i32> {
+        self.fallocate(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
+    }
+
+    fn fallocate(&self, mode: i32, offset_bytes: u64, len_bytes: u64) -> std::result::Result<(), i32> {
+        retry_interrupted(|| {
+            // SAFETY: a call on an open descriptor.
+            unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset_bytes as i64, len_bytes as i64) as isize }
+        })
+        .map(drop)
+    }
+
+    /// Whether holes can be punched, tried out where it changes nothing: far behind the file's end. Blocks.
+    pub fn can_punch(&self) -> bool {
+        const FAR_BYTES: u64 = 1 << 30;
+        match self.size_bytes() {
+            Ok(size) if !self.read_only && size < i64::MAX as u64 - 2 * FAR_BYTES => {
+                self.punch((size + FAR_BYTES) & !(FAR_BYTES - 1), PAGE_BYTES as u64).is_ok()
+            }
+            _ => false,
+        }
+    }
+
+    /// Makes the file `size_bytes` long. Blocks.
+    ///
+    /// # Errors
+    /// EFBIG, ENOSPC, EDQUOT and the system's other errnos.
+    pub fn set_size(&self, size_bytes: u64) -> std::result::Result<(), i32> {
+        let Ok(size) = i64::try_from(size_bytes) else { return Err(libc::EFBIG) };
+        // SAFETY: a call on an open descriptor.
+        retry_interrupted(|| unsafe { libc::ftruncate(self.fd.as_raw_fd(), size) } as isize).map(drop)
+    }
+}
+
+impl AsFd for DirectFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn retry_interrupted(mut call: impl FnMut() -> isize) -> std::result::Result<usize, i32> {
+    loop {
+        match usize::try_from(call()) {
+            Ok(n) => return Ok(n),
+            Err(_) => match errno() {
+                libc::EINTR => {}
+                other => return Err(other),
+            },
+        }
+    }
+}
+
+fn open_fd(path: &CString, flags: i32) -> std::result::Result<OwnedFd, i32> {
+    let mut fd = -1;
+    // SAFETY: a NUL-terminated path that outlives the call.
+    retry_interrupted(|| {
+        fd = unsafe { libc::open(path.as_ptr(), flags | libc::O_CLOEXEC) };
+        fd as isize
+    })?;
+    // SAFETY: just opened, and nobody else knows the number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn open_error(errno: i32, path: &Path, options: OpenOptions) -> Error {
+    let shown = path.display();
+    let advice = match errno {
+        libc::ENOENT => "no such file; create it first (lloop create)".to_owned(),
+        libc::EACCES | libc::EPERM if options.read_only => "permission denied; the target must be able to read it".into(),
+        libc::EACCES | libc::EPERM => {
+            "permission denied; the target must be able to read and write it, or attach it read-only".into()
+        }
+        libc::ELOOP => "too many levels of symbolic links; name the file itself".into(),
+        libc::EROFS => "the filesystem is mounted read-only; attach it read-only (read_only)".into(),
+        libc::EINVAL => "its filesystem refuses direct I/O (O_DIRECT); move the file to one that can".into(),
+        other => reason(other),
+    };
+    // One errno for one thing: an immutable file (EPERM) is a matter of permission to whoever asks.
+    let errno = if errno == libc::EPERM { libc::EACCES } else { errno };
+    Error::new(errno, format!("cannot open {shown}: {advice}"))
+}
+
+fn not_regular(mode: u32) -> Option<&'static str> {
+    Some(match mode & libc::S_IFMT {
+        libc::S_IFREG => return None,
+        libc::S_IFDIR => "directory",
+        libc::S_IFBLK => "block device (bdev_aio or bdev_uring take those)",
+        libc::S_IFCHR => "character device",
+        libc::S_IFIFO => "FIFO",
+        libc::S_IFSOCK => "socket",
+        _ => "special file",
+    })
+}
+
+fn check_filesystem(path: &Path, magic: u64, options: OpenOptions) -> Result<()> {
+    let shown = path.display();
+    // They take the flag and serve from memory: there is no storage behind them to be direct to, or durable on.
+    let in_memory = match magic {
+        0x0102_1994 => "tmpfs",
+        0x8584_58F6 => "ramfs",
+        0x9584_58F6 => "hugetlbfs",
+        _ => "",
+    };
+    if magic == lustre::SERVER_MAGIC {
+        return Err(Error::new(
+            libc::EINVAL,
+            format!("{shown} is on a Lustre server's own target; attach it through a client mount"),
+        ));
+    }
+    if magic != lustre::CLIENT_MAGIC && !options.allow_any_fs {
+        return Err(Error::new(
+            libc::EINVAL,
+            format!("{shown} is not on Lustre; set allow_any_fs to use it all the same"),
+        ));
+    }
+    if !in_memory.is_empty() {
+        return Err(Error::new(
+            libc::EINVAL,
+            format!("{shown} is on {in_memory}, which has no direct I/O (O_DIRECT); move it to a disk filesystem"),
+        ));
+    }
+    Ok(())
+}
+
+fn fstat(fd: BorrowedFd<'_>) -> std::result::Result<libc::stat, i32> {
+    // SAFETY: stat is plain data, for which zeroes are valid.
+    let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: an open descriptor and a live structure.
+    retry_interrupted(|| unsafe { libc::fstat(fd.as_raw_fd(), &mut stat) } as isize)?;
+    Ok(stat)
+}
+
+/// Type and id of the filesystem.
+fn fstatfs(fd: BorrowedFd<'_>) -> std::result::Result<(u64, u64), i32> {
+    // SAFETY: statfs is plain data, for which zeroes are valid.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: an open descriptor and a live structure.
+    retry_interrupted(|| unsafe { libc::fstatfs(fd.as_raw_fd(), &mut stat) } as isize)?;
+    // SAFETY: fsid_t is two ints whose names libc keeps to itself; any bytes are a valid u64.
+    let id: u64 = unsafe { std::mem::transmute(stat.f_fsid) };
+    Ok((stat.f_type as u64 & 0xFFFF_FFFF, id))
+}
+
+/// Offset and memory alignment of direct I/O as `statx` reports them (Linux 6.1), zeroes where there is no direct I/O;
+/// nothing where the filesystem does not say.
+fn dio_align(fd: BorrowedFd<'_>) -> Option<(usize, usize)> {
+    // SAFETY: statx is plain data, for which zeroes are valid.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an open descriptor, an empty C string (allowed by AT_EMPTY_PATH) and a live structure.
+    let rc = unsafe {
+        libc::statx(fd.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut stat)
+    };
+    (rc == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0)
+        .then_some((stat.stx_dio_offset_align as usize, stat.stx_dio_mem_align as usize))
+}

@@ -1,0 +1,319 @@
+//! The engines on real files, without SPDK: results, errors, and a model that random overlapping I/O is checked against.
+
+use lloop::engine::{Answer, Lane, Op, Pool, PoolOptions, Port, Request, Target};
+use lloop::os::file::{DirectFile, OpenOptions};
+use lloop::os::iov::{IoVecs, LeakedBuffers};
+use lloop::os::queue::Placed;
+use proptest::prelude::*;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Rig {
+    pool: Pool<u64>,
+    lane: Option<Lane<u64>>,
+    port: Option<Port<u64>>,
+    path: std::path::PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+/// A directory for test files: beside the build, because /tmp may be a tmpfs, which has no direct I/O.
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn open(path: &Path, read_only: bool) -> DirectFile {
+    DirectFile::open(path, OpenOptions { read_only, allow_any_fs: true }).unwrap()
+}
+
+impl Rig {
+    fn new(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool) -> Self {
+        let dir = directory();
+        let path = dir.path().join("image");
+        std::fs::File::create(&path).unwrap().set_len(len_bytes).unwrap();
+        let mut file = open(&path, read_only);
+        file.pretend_alignment(align_bytes);
+        let pool = Pool::new(&PoolOptions { workers: 8, lane_limit: 8, ..PoolOptions::default() }).unwrap();
+        let lane = pool.open_lane(Arc::new(Target::new(file, 0, block_bytes)));
+        Rig { port: Some(Port::new(&pool)), lane: Some(lane), pool, path, _dir: dir }
+    }
+
+    fn stage(&mut self, op: Op, offset: u64, len: u64, iovs: IoVecs, token: u64) {
+        let lane = self.lane.as_ref().unwrap();
+        self.port.as_mut().unwrap().stage(Placed::on_heap(Request::new(op, lane, offset, len, iovs, token)));
+    }
+
+    fn wait(&mut self) -> Vec<Answer<u64>> {
+        let port = self.port.as_mut().unwrap();
+        let deadline = std::time::Instant::now() + LIMIT;
+        let mut answers = Vec::new();
+        port.ring();
+        while port.in_flight() > 0 {
+            assert!(std::time::Instant::now() < deadline, "{} requests got no answer", port.in_flight());
+            let mut list = port.reap();
+            while let Some(request) = list.pop_front() {
+                answers.push(Request::answer(request));
+            }
+        }
+        answers
+    }
+
+    fn one(&mut self, op: Op, offset: u64, len: u64, iovs: IoVecs) -> Result<(), i32> {
+        self.stage(op, offset, len, iovs, 7);
+        let answer = self.wait().pop().unwrap();
+        assert_eq!((answer.token, answer.op, answer.len_bytes), (7, op, len));
+        answer.result
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            drop(self.port.take());
+            self.pool.close_lane(self.lane.take().unwrap(), LIMIT).unwrap();
+            self.pool.stop(LIMIT).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_is_written_is_read() {
+    let mut rig = Rig::new(1 << 20, 4096, 4096, false);
+    let data: Vec<u8> = (0..64 << 10).map(|i| (i / 7) as u8).collect();
+    let out = LeakedBuffers::new(&[4096, 61440], 0, 0);
+    out.set(&data);
+    assert_eq!(rig.one(Op::Write, 8192, 65536, out.iovs()), Ok(()));
+    let back = LeakedBuffers::new(&[32768, 32768], 0, 0xee);
+    assert_eq!(rig.one(Op::Read, 8192, 65536, back.iovs()), Ok(()));
+    assert!(back.get() == data);
+    assert!(std::fs::read(&rig.path).unwrap()[8192..][..65536] == data);
+}
+
+#[test]
+fn memory_that_direct_io_does_not_take_is_bounced() {
+    let mut rig = Rig::new(8 << 20, 4096, 4096, false);
+    // Odd addresses and lengths, longer than a bounce buffer.
+    let out = LeakedBuffers::new(&[3, 3 << 20, 4093], 1, 0);
+    let data: Vec<u8> = (0..(3 << 20) + 4096).map(|i| (i / 13) as u8).collect();
+    out.set(&data);
+    assert_eq!(rig.one(Op::Write, 4096, data.len() as u64, out.iovs()), Ok(()));
+    let back = LeakedBuffers::new(&[4096, 3 << 20], 17, 0);
+    assert_eq!(rig.one(Op::Read, 4096, data.len() as u64, back.iovs()), Ok(()));
+    assert!(back.get() == data);
+}
+
+#[test]
+fn a_read_behind_a_shrunken_file_fails_and_says_so() {
+    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+    std::fs::File::options().write(true).open(&rig.path).unwrap().set_len(10_000).unwrap();
+    let buffer = LeakedBuffers::new(&[8192], 0, 0);
+    assert_eq!(rig.one(Op::Read, 0, 8192, buffer.iovs()), Ok(()));
+    assert_eq!(rig.lane.as_ref().unwrap().target().degraded(), None);
+    assert_eq!(rig.one(Op::Read, 8192, 8192, buffer.iovs()), Err(libc::EIO), "crosses the end");
+    assert_eq!(rig.one(Op::Read, 16384, 8192, buffer.iovs()), Err(libc::EIO), "lies behind the end");
+    assert_eq!(rig.lane.as_ref().unwrap().target().degraded(), Some(libc::EIO));
+}
+
+#[test]
+fn a_write_through_a_read_only_descriptor_fails() {
+    let mut rig = Rig::new(1 << 20, 4096, 512, true);
+    let buffer = LeakedBuffers::new(&[4096], 0, 1);
+    assert_eq!(rig.one(Op::Write, 0, 4096, buffer.iovs()), Err(libc::EBADF));
+    assert_eq!(rig.one(Op::Read, 0, 4096, buffer.iovs()), Ok(()));
+    assert!(!rig.lane.as_ref().unwrap().target().file().can_punch());
+}
+
+#[test]
+fn a_full_filesystem_is_reported_as_such() {
+    // A file size limit answers EFBIG where a full disk says ENOSPC: the same way back for any errno.
+    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+    let buffer = LeakedBuffers::new(&[4096], 0, 1);
+    let behind_everything = (i64::MAX as u64 - (1 << 20)) & !4095;
+    assert_eq!(rig.one(Op::Write, behind_everything, 4096, buffer.iovs()), Err(libc::EFBIG));
+}
+
+#[test]
+fn neighbours_are_merged_and_each_gets_its_own_result() {
+    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+    let len = 40 * 4096;
+    std::fs::File::options().write(true).open(&rig.path).unwrap().set_len(len).unwrap();
+    let buffers: Vec<_> = (0..64).map(|i| LeakedBuffers::new(&[4096], 0, i as u8 ^ 0x55)).collect();
+    for (i, buffer) in buffers.iter().take(40).enumerate() {
+        rig.stage(Op::Write, i as u64 * 4096, 4096, buffer.iovs(), i as u64);
+    }
+    assert!(rig.wait().iter().all(|a| a.result.is_ok()));
+    let back: Vec<_> = (0..64).map(|_| LeakedBuffers::new(&[4096], 0, 0)).collect();
+    for (i, buffer) in back.iter().enumerate() {
+        rig.stage(Op::Read, i as u64 * 4096, 4096, buffer.iovs(), i as u64);
+    }
+    let answers = rig.wait();
+    assert_eq!(answers.len(), 64);
+    for answer in answers {
+        let i = answer.token as usize;
+        assert_eq!(answer.result, if i < 40 { Ok(()) } else { Err(libc::EIO) }, "block {i} of 40");
+        if i < 40 {
+            assert!(back[i].get() == buffers[i].get());
+        }
+    }
+}
+
+#[test]
+fn zeroes_and_holes() {
+    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+    assert!(rig.lane.as_ref().unwrap().target().file().can_punch());
+    let ones = LeakedBuffers::new(&[1 << 20], 0, 0xff);
+    assert_eq!(rig.one(Op::Write, 0, 1 << 20, ones.iovs()), Ok(()));
+    assert_eq!(rig.one(Op::Flush, 0, 1 << 20, IoVecs::EMPTY), Ok(()));
+    let blocks = |path: &Path| std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path).unwrap());
+    let full = blocks(&rig.path);
+    assert_eq!(rig.one(Op::WriteZeroes, 4096, 8192, IoVecs::EMPTY), Ok(()));
+    assert_eq!(blocks(&rig.path), full, "zeroed space is kept");
+    assert_eq!(rig.one(Op::Unmap, 65536, 131072, IoVecs::EMPTY), Ok(()));
+    assert!(blocks(&rig.path) <= full - 256, "unmapped space is given back");
+    let mut expected = vec![0xff; 1 << 20];
+    expected[4096..12288].fill(0);
+    expected[65536..196608].fill(0);
+    assert_eq!(rig.one(Op::Read, 0, 1 << 20, ones.iovs()), Ok(()));
+    assert!(ones.get() == expected);
+}
+
+#[test]
+fn a_thousand_flushes_and_writes_at_once() {
+    let mut rig = Rig::new(4 << 20, 4096, 512, false);
+    let buffer = LeakedBuffers::new(&[4096], 0, 3);
+    for i in 0..1000 {
+        rig.stage(Op::Write, i % 1024 * 4096, 4096, buffer.iovs(), i);
+        rig.stage(Op::Flush, 0, 4 << 20, IoVecs::EMPTY, i + 10_000);
+    }
+    let answers = rig.wait();
+    assert_eq!(answers.len(), 2000);
+    assert!(answers.iter().all(|a| a.result.is_ok()));
+}
+
+#[test]
+fn a_pool_starts_what_it_needs_and_sleeps_when_idle() {
+    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+    assert_eq!(rig.pool.worker_counts().0, 0, "no worker before the first request");
+    assert_eq!(rig.one(Op::Flush, 0, 0, IoVecs::EMPTY), Ok(()));
+    let deadline = std::time::Instant::now() + LIMIT;
+    while rig.pool.worker_counts().1 > 0 {
+        assert!(std::time::Instant::now() < deadline, "workers do not go to sleep");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!((1..=8).contains(&rig.pool.worker_counts().0));
+    // And wake up again.
+    for _ in 0..100 {
+        assert_eq!(rig.one(Op::Flush, 0, 0, IoVecs::EMPTY), Ok(()));
+        std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+#[test]
+fn two_threads_share_a_lane() {
+    let mut rig = Rig::new(8 << 20, 4096, 512, false);
+    let target = rig.lane.as_ref().unwrap().target().clone();
+    let pool = rig.pool.clone();
+    let other = std::thread::spawn(move || {
+        let lane = pool.open_lane(target);
+        let mut port = Port::new(&pool);
+        let buffer = LeakedBuffers::new(&[4096], 0, 2);
+        for i in 0..500 {
+            port.stage(Placed::on_heap(Request::new(Op::Write, &lane, (1024 + i) * 4096, 4096, buffer.iovs(), i)));
+            port.ring();
+            while port.in_flight() > 0 {
+                while let Some(request) = port.reap().pop_front() {
+                    assert_eq!(Request::answer(request).result, Ok(()));
+                }
+            }
+        }
+        drop(port);
+        // The lane of this thread only: the target is the rig's as well.
+        let _ = pool.close_lane(lane, Duration::from_millis(50));
+    });
+    let buffer = LeakedBuffers::new(&[4096], 0, 1);
+    for i in 0..500 {
+        assert_eq!(rig.one(Op::Write, i * 4096, 4096, buffer.iovs()), Ok(()));
+    }
+    other.join().unwrap();
+    let content = std::fs::read(&rig.path).unwrap();
+    assert!(content[..500 * 4096].iter().all(|&b| b == 1));
+    assert!(content[1024 * 4096..][..500 * 4096].iter().all(|&b| b == 2));
+}
+
+#[derive(Debug, Clone)]
+struct Step {
+    op: u8,
+    block: u64,
+    blocks: u64,
+    fill: u8,
+    shift: usize,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = (0u8..12, 0u64..96, 1u64..24, 1u8..=255, prop_oneof![Just(0usize), Just(1), Just(512)])
+        .prop_map(|(op, block, blocks, fill, shift)| Step { op, block, blocks, fill, shift });
+    prop::collection::vec(step, 1..60)
+}
+
+/// Runs the steps in waves: within a wave writes do not overlap each other, so the result is known; they do overlap in pages.
+fn against_a_model(steps: Vec<Step>, block_bytes: u64, align_bytes: usize) {
+    let len = 120 * block_bytes;
+    let mut rig = Rig::new(len.next_multiple_of(4096), block_bytes as u32, align_bytes, false);
+    let mut model = vec![0u8; len as usize];
+    let mut wave: Vec<(u64, u64)> = Vec::new();
+    let settle = |rig: &mut Rig, wave: &mut Vec<(u64, u64)>| {
+        assert!(rig.wait().iter().all(|a| a.result.is_ok()));
+        wave.clear();
+    };
+    for (i, step) in steps.iter().enumerate() {
+        let (start, end) = (step.block * block_bytes, (step.block + step.blocks) * block_bytes);
+        let (range, size) = (start as usize..end as usize, (end - start) as usize);
+        if wave.iter().any(|w| w.0 < end && start < w.1) {
+            settle(&mut rig, &mut wave);
+        }
+        match step.op {
+            0..=5 => {
+                let buffer = LeakedBuffers::new(&[size / 2, size - size / 2], step.shift, step.fill);
+                rig.stage(Op::Write, start, end - start, buffer.iovs(), i as u64);
+                model[range].fill(step.fill);
+                wave.push((start, end));
+            }
+            6 | 7 => {
+                let op = if step.op == 6 { Op::WriteZeroes } else { Op::Unmap };
+                rig.stage(op, start, end - start, IoVecs::EMPTY, i as u64);
+                model[range].fill(0);
+                wave.push((start, end));
+            }
+            8 => rig.stage(Op::Flush, 0, len, IoVecs::EMPTY, i as u64),
+            _ => {
+                settle(&mut rig, &mut wave);
+                let buffer = LeakedBuffers::new(&[size], step.shift, 0xaa);
+                assert_eq!(rig.one(Op::Read, start, end - start, buffer.iovs()), Ok(()));
+                assert!(buffer.get() == model[range], "step {i} reads something else at {start}..{end}");
+            }
+        }
+    }
+    settle(&mut rig, &mut wave);
+    assert!(std::fs::read(&rig.path).unwrap()[..len as usize] == model, "the file is not what the model says");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    #[test]
+    fn random_io_agrees_with_the_model_in_pages(steps in steps()) {
+        against_a_model(steps, 4096, 4096);
+    }
+
+    #[test]
+    fn random_io_agrees_with_the_model_in_parts_of_pages(steps in steps()) {
+        against_a_model(steps, 512, 4096);
+    }
+
+    #[test]
+    fn random_io_agrees_with_the_model_in_sectors(steps in steps()) {
+        against_a_model(steps, 512, 512);
+    }
+}
