@@ -11,7 +11,7 @@ pub struct Error {
 }
 
 /// A result of the control plane.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     /// An error with its sentence.

@@ -6,3 +6,7 @@
 pub mod engine;
 pub mod error;
 pub mod os;
+#[cfg(feature = "spdk")]
+pub mod spdk;
+#[cfg(feature = "spdk")]
+pub mod lloop;

@@ -1,1 +1,223 @@
-fn main(){}
+//! The target: SPDK with its bdev modules, NVMe-oF, vhost and iSCSI, and lloop.
+
+use clap::{Parser, ValueEnum};
+use lloop::spdk::SPDK_VERSION;
+use lloop::spdk::app::{self, AppOptions};
+use lloop::spdk::log::Level;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (SPDK v");
+
+/// A SPDK target with the lloop bdev module: files (on Lustre, or anywhere with O_DIRECT) as block devices, for NVMe-oF,
+/// vhost and iSCSI. Control it with `lloop`, or with SPDK's rpc.py.
+#[derive(Parser, Debug)]
+#[command(name = "lloop_tgt", disable_version_flag = true)]
+struct Args {
+    /// Cores to run reactors on: a mask (0x3) or a list ([0,1])
+    #[arg(short = 'm', long, value_name = "MASK", default_value = "0x1")]
+    cpumask: String,
+    /// Core of the application's thread
+    #[arg(short = 'p', long, visible_alias = "master-core", value_name = "ID")]
+    main_core: Option<u32>,
+    /// Hugepage memory: MiB, or with a unit (512, 512M, 2G); as much as is needed when left out
+    #[arg(short = 's', long, value_name = "SIZE", value_parser = parse_mem_size)]
+    mem_size: Option<u32>,
+    /// Where to listen for RPCs: a socket's path, or address:port
+    #[arg(short = 'r', long, value_name = "PATH", default_value = "/var/tmp/spdk.sock")]
+    rpc_socket: String,
+    /// Configuration to load at the start, as save_config writes it
+    #[arg(short = 'c', long = "json", visible_alias = "config", value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Go on when a method of the configuration fails
+    #[arg(long)]
+    json_ignore_init_errors: bool,
+    /// Do not initialise subsystems before the RPC framework_start_init
+    #[arg(long)]
+    wait_for_rpc: bool,
+    /// Use PCI devices. Without this none is touched
+    #[arg(long)]
+    pci: bool,
+    /// Do not use PCI devices (the default here; SPDK's name for it)
+    #[arg(short = 'u', long, conflicts_with = "pci")]
+    no_pci: bool,
+    /// Use this PCI device, and no other but those also given; implies --pci
+    #[arg(short = 'A', long, visible_alias = "pci-whitelist", short_alias = 'W', value_name = "BDF")]
+    pci_allowed: Vec<String>,
+    /// Do not use this PCI device
+    #[arg(short = 'B', long, visible_alias = "pci-blacklist", value_name = "BDF")]
+    pci_blocked: Vec<String>,
+    /// Shared memory id
+    #[arg(short = 'i', long, value_name = "ID")]
+    shm_id: Option<i32>,
+    /// Where hugetlbfs is mounted
+    #[arg(long, value_name = "DIR")]
+    huge_dir: Option<PathBuf>,
+    /// Remove the hugepage files once they are mapped
+    #[arg(short = 'R', long)]
+    huge_unlink: bool,
+    /// Run without hugepages (SPDK with --no-huge)
+    #[arg(long)]
+    no_huge: bool,
+    /// One hugepage file a memory segment
+    #[arg(short = 'g', long)]
+    single_file_segments: bool,
+    /// Memory channels
+    #[arg(short = 'n', long, value_name = "N")]
+    mem_channels: Option<u32>,
+    /// IOVA mode, pa or va
+    #[arg(long, value_name = "MODE")]
+    iova_mode: Option<String>,
+    /// First virtual address of hugepage memory
+    #[arg(long, value_name = "ADDRESS", value_parser = parse_number)]
+    base_virtaddr: Option<u64>,
+    /// Mapping of reactors to processors, in DPDK's words (0@0,1@1)
+    #[arg(long, value_name = "LIST", conflicts_with = "cpumask")]
+    lcores: Option<String>,
+    /// More options for DPDK's environment
+    #[arg(long, value_name = "OPTIONS")]
+    env_context: Option<String>,
+    /// Trace groups to enable
+    #[arg(short = 'e', long, value_name = "MASK")]
+    tpoint_group_mask: Option<String>,
+    /// Trace entries to keep, 0 for none
+    #[arg(long, value_name = "N")]
+    num_trace_entries: Option<u64>,
+    /// Let idle reactors sleep (SPDK with interrupt mode)
+    #[arg(long)]
+    interrupt_mode: bool,
+    /// Debug log of a component of SPDK
+    #[arg(short = 'L', long, value_name = "FLAG")]
+    logflag: Vec<String>,
+    /// How much SPDK says
+    #[arg(long, value_enum, default_value_t = LogLevel::Notice)]
+    log_level: LogLevel,
+    /// Say only warnings and errors
+    #[arg(long)]
+    silence_noticelog: bool,
+    /// Print the version
+    #[arg(short = 'V', short_alias = 'v', long)]
+    version: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogLevel {
+    Disabled,
+    Error,
+    Warn,
+    Notice,
+    Info,
+    Debug,
+}
+
+impl From<LogLevel> for Level {
+    fn from(level: LogLevel) -> Level {
+        match level {
+            LogLevel::Disabled => Level::Disabled,
+            LogLevel::Error => Level::Error,
+            LogLevel::Warn => Level::Warn,
+            LogLevel::Notice => Level::Notice,
+            LogLevel::Info => Level::Info,
+            LogLevel::Debug => Level::Debug,
+        }
+    }
+}
+
+fn parse_mem_size(text: &str) -> Result<u32, String> {
+    let (digits, mib) = match text.trim_end_matches(['b', 'B']).strip_suffix(['m', 'M', 'g', 'G']) {
+        Some(digits) if text.to_ascii_lowercase().contains('g') => (digits, 1024),
+        Some(digits) => (digits, 1),
+        None => (text, 1),
+    };
+    let number: u32 = digits.parse().map_err(|_| format!("{text:?} is no size; write 512, 512M or 2G"))?;
+    number.checked_mul(mib).filter(|&n| n > 0 && n <= i32::MAX as u32).ok_or_else(|| format!("{text} is out of range"))
+}
+
+fn parse_number(text: &str) -> Result<u64, String> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| format!("{text:?} is no number"))
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.version {
+        println!("lloop_tgt {VERSION}{SPDK_VERSION})");
+        return ExitCode::SUCCESS;
+    }
+    let quiet = args.silence_noticelog;
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LLOOP_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(if quiet { "warn" } else { "debug" }));
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
+    tracing::debug!(module = ?lloop::lloop::linked(), "linked");
+
+    let context = [args.lcores.as_ref().map(|list| format!("--lcores={list}")), args.env_context];
+    let context = context.into_iter().flatten().collect::<Vec<_>>().join(" ");
+    let rpc_socket = args.rpc_socket.clone();
+    let options = AppOptions {
+        name: "lloop_tgt".into(),
+        reactor_mask: args.lcores.is_none().then_some(args.cpumask),
+        main_core: args.main_core,
+        mem_size_mib: args.mem_size,
+        rpc_socket: Some(args.rpc_socket),
+        json_config: args.json,
+        json_ignore_errors: args.json_ignore_init_errors,
+        wait_for_rpc: args.wait_for_rpc,
+        no_pci: !args.pci && args.pci_allowed.is_empty(),
+        pci_allowed: args.pci_allowed,
+        pci_blocked: args.pci_blocked,
+        shm_id: args.shm_id,
+        huge_dir: args.huge_dir,
+        huge_unlink: args.huge_unlink,
+        single_file_segments: args.single_file_segments,
+        no_huge: args.no_huge,
+        iova_mode: args.iova_mode,
+        base_virtaddr: args.base_virtaddr,
+        mem_channels: args.mem_channels,
+        env_context: (!context.is_empty()).then_some(context),
+        tpoint_group_mask: args.tpoint_group_mask,
+        num_trace_entries: args.num_trace_entries,
+        interrupt_mode: args.interrupt_mode,
+        log_level: Some(if quiet { Level::Warn } else { args.log_level.into() }),
+        log_flags: args.logflag,
+    };
+    let started = move || tracing::info!("lloop_tgt {VERSION}{SPDK_VERSION}) is ready; RPCs on {rpc_socket}");
+    match app::run(&options, started) {
+        Ok(0) => {
+            tracing::info!("lloop_tgt has ended");
+            ExitCode::SUCCESS
+        }
+        Ok(_) => {
+            eprintln!("lloop_tgt: SPDK did not start or ended with an error; the lines above say why");
+            eprintln!("lloop_tgt: (no hugepages? scripts/setup.sh reserves them)");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("lloop_tgt: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, mib) in [("512", 512), ("512M", 512), ("2G", 2048), ("2gb", 2048), ("64MB", 64)] {
+            assert_eq!(parse_mem_size(text), Ok(mib), "{text}");
+        }
+        for text in ["", "x", "0", "5T", "99999999G"] {
+            assert!(parse_mem_size(text).is_err(), "{text}");
+        }
+    }
+}

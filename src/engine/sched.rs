@@ -60,9 +60,10 @@ impl<T> Sched<T> {
         Sched { lanes: Vec::new(), ring: VecDeque::new(), lane_limit: lane_limit.max(1), max_merge_bytes, slow_ticks }
     }
 
-    /// Changes how many requests of one lane are executed at once.
-    pub fn set_lane_limit(&mut self, lane_limit: usize) {
+    /// Changes how many requests of one lane are executed at once, and how much is merged.
+    pub fn set_limits(&mut self, lane_limit: usize, max_merge_bytes: u64) {
         self.lane_limit = lane_limit.max(1);
+        self.max_merge_bytes = max_merge_bytes;
     }
 
     /// Adds a lane; its number.

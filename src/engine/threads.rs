@@ -222,9 +222,9 @@ impl<T: Send + 'static> Pool<T> {
     }
 
     /// Changes the limits for what comes from now on. Workers beyond a lower number go when they run out of work.
-    pub fn set_limits(&self, workers: usize, lane_limit: usize) {
+    pub fn set_limits(&self, workers: usize, lane_limit: usize, max_merge_bytes: u64) {
         self.0.workers.store(workers.clamp(1, MAX_WORKERS) as u32, Ordering::Relaxed);
-        self.0.sched().set_lane_limit(lane_limit);
+        self.0.sched().set_limits(lane_limit, max_merge_bytes);
         self.0.idle.notify_all();
     }
 

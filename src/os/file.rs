@@ -191,7 +191,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// The system's errno.
-    pub fn size_bytes(&self) -> std::result::Result<u64, i32> {
+    pub fn size_bytes(&self) -> Result<u64, i32> {
         fstat(self.fd.as_fd()).map(|stat| stat.st_size as u64)
     }
 
@@ -200,7 +200,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// The errno of writing back; cached pages that cannot be dropped are none.
-    pub fn drop_cache(&self) -> std::result::Result<(), i32> {
+    pub fn drop_cache(&self) -> Result<(), i32> {
         self.sync_data()?;
         // SAFETY: a call on an open descriptor, about pages of the kernel's own.
         unsafe { libc::posix_fadvise(self.fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
@@ -211,7 +211,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// The system's errno.
-    pub fn read_at(&self, iovs: &IovList, offset_bytes: u64) -> std::result::Result<usize, i32> {
+    pub fn read_at(&self, iovs: &IovList, offset_bytes: u64) -> Result<usize, i32> {
         let (first, count) = iovs.raw();
         retry_interrupted(|| {
             // SAFETY: `iovs` describes memory valid for writes (the invariant of what was pushed into it).
@@ -223,7 +223,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// The system's errno.
-    pub fn write_at(&self, iovs: &IovList, offset_bytes: u64) -> std::result::Result<usize, i32> {
+    pub fn write_at(&self, iovs: &IovList, offset_bytes: u64) -> Result<usize, i32> {
         let (first, count) = iovs.raw();
         retry_interrupted(|| {
             // SAFETY: `iovs` describes memory valid for reads (the invariant of what was pushed into it).
@@ -235,7 +235,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// The system's errno, an earlier asynchronous write error among them.
-    pub fn sync_data(&self) -> std::result::Result<(), i32> {
+    pub fn sync_data(&self) -> Result<(), i32> {
         // SAFETY: a call on an open descriptor.
         retry_interrupted(|| unsafe { libc::fdatasync(self.fd.as_raw_fd()) } as isize).map(drop)
     }
@@ -244,7 +244,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// EOPNOTSUPP where the filesystem cannot; the system's other errnos.
-    pub fn punch(&self, offset_bytes: u64, len_bytes: u64) -> std::result::Result<(), i32> {
+    pub fn punch(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
         self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
     }
 
@@ -252,11 +252,11 @@ impl DirectFile {
     ///
     /// # Errors
     /// As for [`DirectFile::punch`].
-    pub fn zero_range(&self, offset_bytes: u64, len_bytes: u64) -> std::result::Result<(), i32> {
+    pub fn zero_range(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
         self.fallocate(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
     }
 
-    fn fallocate(&self, mode: i32, offset_bytes: u64, len_bytes: u64) -> std::result::Result<(), i32> {
+    fn fallocate(&self, mode: i32, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
         retry_interrupted(|| {
             // SAFETY: a call on an open descriptor.
             unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset_bytes as i64, len_bytes as i64) as isize }
@@ -279,7 +279,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// EFBIG, ENOSPC, EDQUOT and the system's other errnos.
-    pub fn set_size(&self, size_bytes: u64) -> std::result::Result<(), i32> {
+    pub fn set_size(&self, size_bytes: u64) -> Result<(), i32> {
         let Ok(size) = i64::try_from(size_bytes) else { return Err(libc::EFBIG) };
         // SAFETY: a call on an open descriptor.
         retry_interrupted(|| unsafe { libc::ftruncate(self.fd.as_raw_fd(), size) } as isize).map(drop)
@@ -292,7 +292,7 @@ impl AsFd for DirectFile {
     }
 }
 
-fn retry_interrupted(mut call: impl FnMut() -> isize) -> std::result::Result<usize, i32> {
+fn retry_interrupted(mut call: impl FnMut() -> isize) -> Result<usize, i32> {
     loop {
         match usize::try_from(call()) {
             Ok(n) => return Ok(n),
@@ -304,7 +304,7 @@ fn retry_interrupted(mut call: impl FnMut() -> isize) -> std::result::Result<usi
     }
 }
 
-fn open_fd(path: &CString, flags: i32) -> std::result::Result<OwnedFd, i32> {
+fn open_fd(path: &CString, flags: i32) -> Result<OwnedFd, i32> {
     let mut fd = -1;
     // SAFETY: a NUL-terminated path that outlives the call.
     retry_interrupted(|| {
@@ -375,7 +375,7 @@ fn check_filesystem(path: &Path, magic: u64, options: OpenOptions) -> Result<()>
     Ok(())
 }
 
-fn fstat(fd: BorrowedFd<'_>) -> std::result::Result<libc::stat, i32> {
+fn fstat(fd: BorrowedFd<'_>) -> Result<libc::stat, i32> {
     // SAFETY: stat is plain data, for which zeroes are valid.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: an open descriptor and a live structure.
@@ -384,7 +384,7 @@ fn fstat(fd: BorrowedFd<'_>) -> std::result::Result<libc::stat, i32> {
 }
 
 /// Type and id of the filesystem.
-fn fstatfs(fd: BorrowedFd<'_>) -> std::result::Result<(u64, u64), i32> {
+fn fstatfs(fd: BorrowedFd<'_>) -> Result<(u64, u64), i32> {
     // SAFETY: statfs is plain data, for which zeroes are valid.
     let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
     // SAFETY: an open descriptor and a live structure.

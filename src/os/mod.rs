@@ -9,6 +9,7 @@ pub mod iov;
 pub mod lock;
 pub mod lustre;
 pub mod queue;
+pub mod task;
 pub mod thread;
 
 /// The calling thread's `errno` as a positive number.

@@ -1,0 +1,341 @@
+//! Attaching, detaching and resizing. Runs on the application's thread; whatever touches the file runs elsewhere and is
+//! awaited.
+
+use super::channel::Token;
+use super::device::{Device, Facts};
+use super::options::{self, CreateParams, LockChoice, capacity_blocks};
+use super::state::State;
+use super::{Entry, MODULE, REGISTRY, pool};
+use crate::engine::{Lane, Target};
+use crate::error::{Error, Result};
+use crate::os::file::{DirectFile, Identity, OpenOptions};
+use crate::os::lock;
+use crate::os::task::Blocking;
+use crate::spdk::bdev::{self, BdevHandle, Description};
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Uses the table of names. Not across an await.
+fn with_entries<R>(f: impl FnOnce(&mut BTreeMap<String, Entry>) -> R) -> Result<R> {
+    REGISTRY
+        .with(|registry| f(&mut registry.entries.borrow_mut()))
+        .ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
+}
+
+fn blocking() -> Result<Blocking> {
+    REGISTRY
+        .with(|registry| registry.blocking.clone())
+        .ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
+}
+
+/// A name that is reserved until the attach has succeeded.
+struct Reservation {
+    name: String,
+    kept: bool,
+}
+
+impl Reservation {
+    /// Reserves `wanted`, or the lowest free `lloopN`.
+    fn new(wanted: Option<&str>) -> Result<Self> {
+        let max = options::current().max_lloop;
+        with_entries(|entries| {
+            if entries.len() >= max as usize {
+                return Err(Error::new(
+                    libc::EBUSY,
+                    format!("all {max} devices are in use; detach one, or raise max_lloop (bdev_lloop_set_options, up to {})", options::MAX_LLOOP),
+                ));
+            }
+            let taken = |name: &str| entries.contains_key(name) || bdev::exists(name);
+            let name = match wanted {
+                Some(name) if taken(name) => {
+                    return Err(Error::new(libc::EEXIST, format!("the name {name} is taken; choose another")));
+                }
+                Some(name) => name.to_owned(),
+                None => (0..max).map(|n| format!("lloop{n}")).find(|name| !taken(name)).ok_or_else(|| {
+                    Error::new(libc::EBUSY, format!("the names lloop0 to lloop{} are taken; give one (name)", max - 1))
+                })?,
+            };
+            entries.insert(name.clone(), Entry::Attaching(None));
+            Ok(Reservation { name, kept: false })
+        })?
+    }
+
+    /// Notes which file it is for.
+    ///
+    /// # Errors
+    /// EBUSY when that is attached, or being attached, already.
+    fn claim(&self, identity: Identity, file: &DirectFile) -> Result<()> {
+        with_entries(|entries| {
+            let shown = file.path().display();
+            for (name, entry) in entries.iter() {
+                let (other, path) = match entry {
+                    Entry::Attaching(other) => (*other, None),
+                    Entry::Attached(device, _) => (Some(device.facts().identity), Some(device.params().filename)),
+                };
+                if other.is_some_and(|other| other.is_same_file(&identity)) {
+                    let path = path.filter(|path| path != file.path());
+                    let also = path.map_or(String::new(), |path| format!(" (as {})", path.display()));
+                    return Err(Error::new(libc::EBUSY, format!("{shown} is attached already, as {name}{also}; detach that first")));
+                }
+            }
+            entries.insert(self.name.clone(), Entry::Attaching(Some(identity)));
+            Ok(())
+        })?
+    }
+
+    fn keep(mut self, device: Arc<Device>, handle: BdevHandle) -> Result<String> {
+        self.kept = true;
+        let name = std::mem::take(&mut self.name);
+        with_entries(|entries| entries.insert(name.clone(), Entry::Attached(device, handle)))?;
+        Ok(name)
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.kept {
+            // (Without a registry there is no entry to remove.)
+            let _ = with_entries(|entries| entries.remove(&self.name));
+        }
+    }
+}
+
+/// `bdev_lloop_create`: the new device's name.
+///
+/// # Errors
+/// As the contract lists them (README); nothing is left behind.
+pub async fn attach(mut params: CreateParams) -> Result<String> {
+    params.check()?;
+    // What is saved must mean the same from another working directory.
+    params.filename = std::path::absolute(&params.filename).unwrap_or(params.filename);
+    let reservation = Reservation::new(params.name.as_deref())?;
+    let pool = pool().ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))?;
+    let blocking = blocking()?;
+
+    let path = params.filename.clone();
+    let open_options = OpenOptions { read_only: params.read_only, allow_any_fs: params.allow_any_fs };
+    let file = blocking.run(move || DirectFile::open(&path, open_options)).await??;
+    if let Err(error) = reservation.claim(*file.identity(), &file) {
+        // Closing can block as well as opening can.
+        blocking.run(move || drop(file)).await?;
+        return Err(error);
+    }
+    let wanted = params.clone();
+    let (file, facts, num_blocks) = blocking.run(move || prepare(file, &wanted)).await??;
+
+    let description = Description {
+        name: reservation.name.clone(),
+        product: c"lloop",
+        block_bytes: params.block_size,
+        physical_block_bytes: params.block_size.max(4096),
+        num_blocks,
+        optimal_io_boundary_blocks: 0,
+        write_cache: true,
+        uuid: facts.uuid,
+    };
+    let target = Arc::new(Target::new(file, params.offset, params.block_size));
+    let device = Arc::new(Device::new(&reservation.name, params, pool.open_lane(target), facts));
+    match bdev::register(&MODULE, device.clone(), &description) {
+        Ok(handle) => reservation.keep(device, handle),
+        Err(error) => {
+            let lane = device.release();
+            close_lane(&reservation.name, lane).await;
+            Err(error)
+        }
+    }
+}
+
+/// Locks the file, drops its cached pages and finds out what it can do. Blocks. The file is closed when this fails.
+fn prepare(file: DirectFile, params: &CreateParams) -> Result<(DirectFile, Facts, u64)> {
+    let shown = params.filename.display();
+    let failed = |what: &str| {
+        let what = format!("{what} {shown}");
+        move |errno| Error::os(errno, &what)
+    };
+    let lock = match params.lock {
+        Some(LockChoice::Off) => None,
+        _ => Some(lock::try_lock(file.as_fd(), !params.read_only).map_err(failed("locking"))?),
+    };
+    match lock {
+        Some(lock::Outcome::Conflict) => {
+            let who = if params.read_only { "a writer" } else { "another process or node" };
+            return Err(Error::new(
+                libc::EBUSY,
+                format!("{shown} is in use by {who}, which holds a lock on it; detach it there first"),
+            ));
+        }
+        Some(lock::Outcome::Unsupported) => tracing::warn!(
+            "{shown}: the filesystem has no locks, so nothing keeps another process or node from attaching it too"
+        ),
+        _ => {}
+    }
+    let size_bytes = file.size_bytes().map_err(failed("asking for the size of"))?;
+    let align_bytes = (file.offset_align_bytes(), file.memory_align_bytes());
+    let num_blocks = capacity_blocks(params, size_bytes, align_bytes.0 as u64)?;
+    file.drop_cache().map_err(failed("writing back the cached pages of"))?;
+    let facts = Facts {
+        identity: *file.identity(),
+        lock,
+        can_punch: file.can_punch(),
+        align_bytes,
+        engine: ("threads", "the only one in this version".to_owned()),
+        uuid: params.uuid.unwrap_or_else(|| file.identity().uuid()),
+    };
+    Ok((file, facts, num_blocks))
+}
+
+fn find(name: &str) -> Result<(Arc<Device>, BdevHandle)> {
+    with_entries(|entries| match entries.get(name) {
+        Some(Entry::Attached(device, handle)) => Ok((device.clone(), handle.clone())),
+        Some(Entry::Attaching(_)) => Err(Error::new(libc::EBUSY, format!("{name} is just being attached; try again"))),
+        None => Err(Error::new(libc::ENODEV, format!("there is no lloop device {name}; lloop list shows those there are"))),
+    })?
+}
+
+/// `bdev_lloop_delete`.
+///
+/// # Errors
+/// ENODEV; EBUSY when it is open and not forced, or on its way out already.
+pub async fn detach(name: &str, force: bool) -> Result<()> {
+    let (device, handle) = find(name)?;
+    if handle.is_unregistering() || device.state() != State::Bound {
+        return Err(Error::new(libc::EBUSY, format!("{name} is being detached already")));
+    }
+    if !force && handle.is_open() {
+        return Err(Error::new(
+            libc::EBUSY,
+            format!("{name} ({}) is in use; end its exports first, or force it", device.params().filename.display()),
+        ));
+    }
+    device.run_down();
+    handle.unregister().await
+}
+
+/// The end of a device that the bdev layer has let go of: closes its file and frees its name.
+pub async fn close(name: &str, lane: Option<Lane<Token>>) {
+    close_lane(name, lane).await;
+    // (Without a registry the module is ending anyway.)
+    let _ = with_entries(|entries| entries.remove(name));
+}
+
+async fn close_lane(name: &str, lane: Option<Lane<Token>>) {
+    let (Some(lane), Some(pool), Ok(blocking)) = (lane, pool(), blocking()) else { return };
+    let limit = Duration::from_secs(options::current().detach_timeout_s.into());
+    if let Err(error) | Ok(Err(error)) = blocking.run(move || pool.close_lane(lane, limit)).await {
+        tracing::error!("closing {name}: {error}");
+    }
+}
+
+/// `bdev_lloop_resize`: the new size in bytes. 0 takes the file's.
+///
+/// # Errors
+/// ENODEV; EINVAL when it would shrink or is no multiple of the block size; EROFS when a read-only file would have to grow;
+/// EFBIG, ENOSPC and their like from the filesystem.
+pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
+    let (device, handle) = find(name)?;
+    let params = device.params();
+    let shown = params.filename.display().to_string();
+    let refuse = |errno, message: String| Err(Error::new(errno, format!("{name} ({shown}): {message}")));
+    let gone = || Error::new(libc::EBUSY, format!("{name} is being detached"));
+    if handle.is_unregistering() {
+        return Err(gone());
+    }
+    let block = u64::from(params.block_size);
+    if size_bytes % block != 0 {
+        return refuse(libc::EINVAL, format!("size {size_bytes} is no multiple of the block size {block}"));
+    }
+    let current_bytes = handle.num_blocks()? * block;
+    if size_bytes != 0 && size_bytes < current_bytes {
+        return refuse(libc::EINVAL, format!("it has {current_bytes} bytes and cannot shrink to {size_bytes}; detach it and attach it with size_limit"));
+    }
+    let Some(end_bytes) = params.offset.checked_add(size_bytes).filter(|&end| end <= i64::MAX as u64) else {
+        return refuse(libc::EFBIG, format!("size {size_bytes} is more than a file can have"));
+    };
+    let blocking = blocking()?;
+    let target = device.target().ok_or_else(gone)?;
+    let read_only = params.read_only;
+    let file_name = shown.clone();
+    let (file_bytes, align_bytes) = blocking
+        .run(move || {
+            let file = target.file();
+            let mut file_bytes = file.size_bytes().map_err(|e| Error::os(e, format!("asking for the size of {file_name}")))?;
+            if size_bytes != 0 && file_bytes < end_bytes {
+                if read_only {
+                    let message = format!("{file_name} is attached read-only and too short; it cannot be made longer");
+                    return Err(Error::new(libc::EROFS, message));
+                }
+                file.set_size(end_bytes).map_err(|e| Error::os(e, format!("making {file_name} {end_bytes} bytes long")))?;
+                file_bytes = end_bytes;
+            }
+            Ok((file_bytes, file.offset_align_bytes() as u64))
+        })
+        .await??;
+    let mut wanted = params.clone();
+    if size_bytes != 0 {
+        wanted.size_limit = if file_bytes > end_bytes { size_bytes } else { 0 };
+    } else if wanted.size_limit > file_bytes.saturating_sub(wanted.offset) {
+        wanted.size_limit = 0;
+    }
+    let num_blocks = capacity_blocks(&wanted, file_bytes, align_bytes)?;
+    let new_bytes = num_blocks * block;
+    if new_bytes < current_bytes {
+        return refuse(
+            libc::EINVAL,
+            format!("the file has become shorter than the device ({current_bytes} bytes), which cannot shrink; give size {current_bytes} to make the file long enough again"),
+        );
+    }
+    handle.set_num_blocks(num_blocks)?;
+    if size_bytes != 0 {
+        device.set_size_limit(wanted.size_limit);
+    }
+    if let Some(target) = device.target() {
+        target.clear_degraded();
+    }
+    Ok(new_bytes)
+}
+
+/// `bdev_lloop_resume`.
+///
+/// # Errors
+/// ENODEV; EINVAL when it is neither fenced nor degraded, or its file is still too short.
+pub async fn resume(name: &str) -> Result<()> {
+    let (device, handle) = find(name)?;
+    let Some(target) = device.target().filter(|target| target.degraded().is_some()) else {
+        return Err(Error::new(libc::EINVAL, format!("{name} is neither fenced nor degraded; there is nothing to resume")));
+    };
+    let params = device.params();
+    let end_bytes = params.offset + handle.num_blocks()? * u64::from(params.block_size);
+    let checked = target.clone();
+    let file_bytes = blocking()?.run(move || checked.file().size_bytes()).await?;
+    let shown = params.filename.display();
+    match file_bytes {
+        Ok(bytes) if bytes >= end_bytes => {
+            target.clear_degraded();
+            Ok(())
+        }
+        Ok(bytes) => Err(Error::new(
+            libc::EINVAL,
+            format!("{shown} has {bytes} bytes, {name} needs {end_bytes}; make it long enough with bdev_lloop_resize"),
+        )),
+        Err(errno) => Err(Error::os(errno, format!("asking for the size of {shown}"))),
+    }
+}
+
+/// The devices that statistics are wanted of: one, or all.
+///
+/// # Errors
+/// ENODEV when there is none of that name.
+pub fn devices(name: Option<&str>) -> Result<Vec<Arc<Device>>> {
+    match name {
+        Some(name) => find(name).map(|(device, _)| vec![device]),
+        None => with_entries(|entries| {
+            let attached = entries.values().filter_map(|entry| match entry {
+                Entry::Attached(device, _) => Some(device.clone()),
+                Entry::Attaching(_) => None,
+            });
+            attached.collect()
+        }),
+    }
+}

@@ -1,0 +1,261 @@
+//! A device: what the bdev layer calls, and what is known about the file behind it.
+
+use super::channel::{Channel, Token};
+use super::options::CreateParams;
+use super::state::{State, StateCell};
+use crate::engine::stats::{self, Counters, OPS};
+use crate::engine::{Lane, Op, Target};
+use crate::os::clock;
+use crate::os::iov::IoVecs;
+use crate::os::lock;
+use crate::spdk::bdev::Bdev;
+use crate::spdk::bdev_io::{BdevIo, IoType};
+use async_trait::async_trait;
+use serde_json::{Map, Value, json};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What of a device outlives its channels.
+pub struct Shared {
+    /// Its name.
+    pub name: String,
+    lane: Mutex<Option<Arc<Lane<Token>>>>,
+    /// One for each thread that has, or had, a channel; with whether one has it now.
+    counters: Mutex<Vec<(Arc<Counters>, bool)>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// The way to the workers, until the device is closed.
+    pub fn lane(&self) -> Option<Arc<Lane<Token>>> {
+        lock(&self.lane).clone()
+    }
+
+    /// Counters for a new channel. Those of a closed one go on counting, so that no I/O is forgotten.
+    pub fn take_counters(&self) -> Arc<Counters> {
+        let mut all = lock(&self.counters);
+        let at = all.iter().position(|(_, used)| !used).unwrap_or_else(|| {
+            all.push((Arc::default(), false));
+            all.len() - 1
+        });
+        all[at].1 = true;
+        all[at].0.clone()
+    }
+
+    /// Gives them back.
+    pub fn return_counters(&self, counters: &Arc<Counters>) {
+        if let Some(entry) = lock(&self.counters).iter_mut().find(|(c, _)| Arc::ptr_eq(c, counters)) {
+            entry.1 = false;
+        }
+    }
+
+    /// I/O in flight on all threads.
+    pub fn in_flight(&self) -> u64 {
+        lock(&self.counters).iter().fold(0, |sum, (c, _)| sum.wrapping_add(c.in_flight()))
+    }
+}
+
+/// A device that is attached.
+pub struct Device {
+    shared: Arc<Shared>,
+    state: StateCell,
+    params: Mutex<CreateParams>,
+    target: Mutex<Option<Arc<Target>>>,
+    /// What is shown of the file, gathered when it was opened.
+    facts: Facts,
+}
+
+/// What was found out when the file was opened.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// Filesystem, FID or inode.
+    pub identity: crate::os::file::Identity,
+    /// What came of locking it, unless locking was off.
+    pub lock: Option<lock::Outcome>,
+    /// UNMAP and WRITE ZEROES work.
+    pub can_punch: bool,
+    /// Alignment of direct I/O: offsets and lengths, memory.
+    pub align_bytes: (usize, usize),
+    /// Which engine, and why.
+    pub engine: (&'static str, String),
+    /// The device's UUID.
+    pub uuid: uuid::Uuid,
+}
+
+impl Device {
+    /// A bound device. `params` name it.
+    pub fn new(name: &str, params: CreateParams, lane: Lane<Token>, facts: Facts) -> Self {
+        let target = lane.target().clone();
+        Device {
+            shared: Arc::new(Shared {
+                name: name.to_owned(),
+                lane: Mutex::new(Some(Arc::new(lane))),
+                counters: Mutex::default(),
+            }),
+            state: StateCell::new(State::Bound),
+            params: Mutex::new(params),
+            target: Mutex::new(Some(target)),
+            facts,
+        }
+    }
+
+    /// Its state.
+    pub fn state(&self) -> State {
+        self.state.get()
+    }
+
+    /// Accepts no more I/O.
+    pub fn run_down(&self) {
+        self.state.set(State::Rundown);
+    }
+
+    /// What it was made with.
+    pub fn params(&self) -> CreateParams {
+        lock(&self.params).clone()
+    }
+
+    /// Remembers a new limit, so that a saved configuration brings the same size about.
+    pub fn set_size_limit(&self, size_limit_bytes: u64) {
+        lock(&self.params).size_limit = size_limit_bytes;
+    }
+
+    /// What is known of the file.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// The file, until it is closed.
+    pub fn target(&self) -> Option<Arc<Target>> {
+        lock(&self.target).clone()
+    }
+
+    /// Takes the file's last owners out, for closing it. For [`Bdev::closed`], and for a device that was never registered.
+    pub fn release(&self) -> Option<Lane<Token>> {
+        drop(lock(&self.target).take());
+        let lane = lock(&self.shared.lane).take()?;
+        // Channels have clones, and there are none any more.
+        Arc::into_inner(lane)
+    }
+
+    /// Counters, latencies, queues, and the age of the oldest I/O in flight.
+    pub fn stats(&self) -> Value {
+        let counters: Vec<Arc<Counters>> = lock(&self.shared.counters).iter().map(|(c, _)| c.clone()).collect();
+        let mut ops = Map::new();
+        for ((_, name), sum) in OPS.iter().zip(stats::summarize(counters.iter().map(|c| &**c))) {
+            let us = |ns: u64| (ns as f64 / 100.0).round() / 10.0;
+            ops.insert(
+                (*name).to_owned(),
+                json!({
+                    "ops": sum.count, "bytes": sum.bytes, "errors": sum.errors,
+                    "latency_us": {
+                        "mean": us(sum.mean_ns), "p50": us(sum.p50_ns), "p99": us(sum.p99_ns), "p99.9": us(sum.p999_ns),
+                        "max": us(sum.max_ns),
+                    },
+                }),
+            );
+        }
+        let (load, oldest) = self.shared.lane().map(|lane| lane.load()).unwrap_or_default();
+        let age_us = oldest.map(|submitted| clock::to_nanos(clock::now().saturating_sub(submitted)) / 1000);
+        json!({
+            "name": self.shared.name,
+            "state": self.state_name(),
+            "in_flight": self.shared.in_flight(),
+            "queued": load.queued,
+            "calls_running": load.running,
+            "oldest_io_us": age_us.unwrap_or(0),
+            "last_errno": stats::last_errno(counters.iter().map(|c| &**c)),
+            "io": ops,
+        })
+    }
+
+    fn state_name(&self) -> &'static str {
+        match self.state() {
+            State::Bound if self.target().is_some_and(|target| target.degraded().is_some()) => "degraded",
+            state => state.name(),
+        }
+    }
+}
+
+#[async_trait(?Send)]
+impl Bdev for Device {
+    type Channel = Channel;
+
+    fn supports(&self, io_type: IoType) -> bool {
+        let params = lock(&self.params);
+        match io_type {
+            IoType::Read | IoType::Flush | IoType::Reset => true,
+            IoType::Write => !params.read_only,
+            IoType::Unmap | IoType::WriteZeroes => {
+                !params.read_only && self.facts.can_punch && params.discard.unwrap_or(true)
+            }
+        }
+    }
+
+    fn open_channel(&self) -> Result<Channel, i32> {
+        Channel::open(&self.shared)
+    }
+
+    fn submit(&self, channel: &Channel, io: BdevIo) {
+        let op = match io.io_type() {
+            Some(IoType::Read) => Op::Read,
+            Some(IoType::Write) => Op::Write,
+            Some(IoType::Flush) => Op::Flush,
+            Some(IoType::Unmap) => Op::Unmap,
+            Some(IoType::WriteZeroes) => Op::WriteZeroes,
+            Some(IoType::Reset) => return channel.reset(io),
+            None => return channel.refuse(Op::Flush, io, libc::EOPNOTSUPP),
+        };
+        if self.state() != State::Bound {
+            return channel.refuse(op, io, libc::ENODEV);
+        }
+        let iovs = match op {
+            Op::Read | Op::Write => io.iovs(),
+            _ => IoVecs::EMPTY,
+        };
+        // (Writes to a read-only file come back with EBADF from the worker: an initiator's mistake is not worth a check for
+        // every I/O of all others.)
+        channel.submit(op, io, iovs);
+    }
+
+    fn info(&self) -> (&'static str, Value) {
+        let params = self.params();
+        let identity = &self.facts.identity;
+        let mut info = json!({
+            "filename": params.filename,
+            "state": self.state_name(),
+            "fs": identity.fs_name(),
+        });
+        match identity.fid {
+            Some(fid) => info["fid"] = fid.to_string().into(),
+            None => info["inode"] = identity.ino.into(),
+        }
+        info["engine"] = self.facts.engine.0.into();
+        info["engine_reason"] = self.facts.engine.1.as_str().into();
+        info["read_only"] = params.read_only.into();
+        info["offset"] = params.offset.into();
+        info["size_limit"] = params.size_limit.into();
+        info["lock"] = match self.facts.lock {
+            None => "off",
+            Some(lock::Outcome::Held) => "advisory",
+            Some(_) => "none (the filesystem has no locks)",
+        }
+        .into();
+        info["discard"] = self.supports(IoType::Unmap).into();
+        info["direct_io_align"] = json!({"offset": self.facts.align_bytes.0, "memory": self.facts.align_bytes.1});
+        ("lloop", info)
+    }
+
+    fn config(&self) -> Option<(&'static str, Value)> {
+        let mut params = self.params();
+        params.name = Some(self.shared.name.clone());
+        serde_json::to_value(params).ok().map(|params| ("bdev_lloop_create", params))
+    }
+
+    async fn closed(&self) {
+        self.run_down();
+        super::attach::close(&self.shared.name, self.release()).await;
+        self.state.set(State::Unbound);
+    }
+}

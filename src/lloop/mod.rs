@@ -1,0 +1,119 @@
+//! The bdev module: devices over files, their RPCs and their lives.
+
+pub mod attach;
+pub mod channel;
+pub mod device;
+pub mod options;
+pub mod rpc;
+pub mod state;
+
+use crate::engine::{Pool, PoolOptions};
+use crate::os::file::Identity;
+use crate::os::task::Blocking;
+use crate::os::clock;
+use crate::spdk::bdev::{self, BdevHandle, FiniDone};
+use crate::spdk::thread::{self, Owned};
+use channel::{GROUPS, Token};
+use device::Device;
+use serde_json::Value;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ffi::{CStr, c_void};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+crate::spdk_module!(
+    MODULE: Lloop,
+    rpc::Create,
+    rpc::Delete,
+    rpc::Resize,
+    rpc::Resume,
+    rpc::SetOptions,
+    rpc::GetOptions,
+    rpc::GetStats,
+);
+
+/// The module.
+pub struct Lloop;
+
+/// A name that is taken.
+enum Entry {
+    /// Its file is being opened; with what the file is, once that is known.
+    Attaching(Option<Identity>),
+    /// There it is.
+    Attached(Arc<Device>, BdevHandle),
+}
+
+/// What the application's thread knows.
+struct Registry {
+    entries: RefCell<BTreeMap<String, Entry>>,
+    blocking: Blocking,
+}
+
+static REGISTRY: Owned<Registry> = Owned::new();
+static POOL: Mutex<Option<Pool<Token>>> = Mutex::new(None);
+
+/// The workers, while the module runs.
+fn pool() -> Option<Pool<Token>> {
+    POOL.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// Keeps the module in a program that does not mention it otherwise; what registers it runs before `main`.
+pub fn linked() -> &'static CStr {
+    <Lloop as bdev::Module>::NAME
+}
+
+impl bdev::Module for Lloop {
+    const NAME: &'static CStr = c"lloop";
+
+    fn init() -> Result<(), i32> {
+        let start = || -> crate::error::Result<()> {
+            let reactor_cpus = thread::reactor_cpus();
+            clock::ticks_hz();
+            let options = options::current();
+            let pool = Pool::new(&PoolOptions {
+                workers: options.workers as usize,
+                lane_limit: options.lane_limit as usize,
+                max_merge_bytes: options.max_merge_bytes,
+                reactor_cpus: reactor_cpus.clone(),
+            })?;
+            *POOL.lock().unwrap_or_else(PoisonError::into_inner) = Some(pool);
+            let blocking = Blocking::new(reactor_cpus)?;
+            REGISTRY.put(Registry { entries: RefCell::default(), blocking });
+            GROUPS.register();
+            Ok(())
+        };
+        start().map_err(|error| {
+            tracing::error!("lloop cannot start: {error}");
+            error.errno
+        })
+    }
+
+    /// By now the bdev layer has unregistered every device, and [`Device::closed`] is done for each.
+    fn fini(done: FiniDone) {
+        let Some(registry) = REGISTRY.take() else { return done.report() };
+        thread::spawn(async move {
+            if let Some(pool) = POOL.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                let stopped = registry.blocking.run(move || pool.stop(Duration::from_secs(5))).await;
+                if let Err(error) | Ok(Err(error)) = stopped {
+                    tracing::error!("ending the workers: {error}");
+                }
+            }
+            FINI.put(RefCell::new(Some(done)));
+            GROUPS.unregister(groups_gone);
+        });
+        static FINI: Owned<RefCell<Option<FiniDone>>> = Owned::new();
+        extern "C" fn groups_gone(_: *mut c_void) {
+            // Nothing of ours waits for messages any more; what is stuck in a call must not send one to threads that end.
+            thread::close();
+            if let Some(done) = FINI.take().and_then(RefCell::into_inner) {
+                done.report();
+            }
+        }
+    }
+
+    fn config() -> Vec<(&'static str, Value)> {
+        let options = serde_json::to_value(options::current()).unwrap_or(Value::Null);
+        vec![("bdev_lloop_set_options", options)]
+    }
+}

@@ -1,0 +1,90 @@
+//! Calls that may block, for callers that must not: they run on threads of their own and are awaited.
+
+use super::thread::run_anywhere_but;
+use crate::error::{Error, Result};
+use futures::channel::oneshot;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+
+/// The most calls in progress; each is a thread. A hanging server must not eat all of the machine's.
+const MAX_CALLS: usize = 128;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Starts blocking calls from threads that must not even wait for a thread to be made.
+#[derive(Clone)]
+pub struct Blocking {
+    jobs: mpsc::Sender<Job>,
+    in_progress: Arc<AtomicUsize>,
+}
+
+impl Blocking {
+    /// Starts the dispatcher. It ends when the last clone is dropped.
+    ///
+    /// # Errors
+    /// The system's errno when it has no thread left.
+    pub fn new(reactor_cpus: Vec<u32>) -> Result<Self> {
+        let (jobs, receiver) = mpsc::channel::<Job>();
+        let dispatch = move || {
+            // What is started from here inherits the affinity.
+            run_anywhere_but(&reactor_cpus);
+            while let Ok(job) = receiver.recv() {
+                // When there is no thread the job is dropped, and whoever waits for it hears of it.
+                if let Err(error) = std::thread::Builder::new().name("lloop-call".into()).spawn(job) {
+                    tracing::error!("cannot start a thread for a blocking call: {error}");
+                }
+            }
+        };
+        let started = std::thread::Builder::new().name("lloop-calls".into()).spawn(dispatch);
+        started.map_err(|e| Error::os(e.raw_os_error().unwrap_or(libc::EAGAIN), "starting a thread"))?;
+        Ok(Blocking { jobs, in_progress: Arc::default() })
+    }
+
+    /// Runs `call` on a thread of its own. When the caller stops waiting, the call goes on and its result is dropped there.
+    ///
+    /// # Errors
+    /// EAGAIN when too many calls are stuck already, or the system has no thread; EFAULT when `call` panicked.
+    pub async fn run<R: Send + 'static>(&self, call: impl FnOnce() -> R + Send + 'static) -> Result<R> {
+        struct Count(Arc<AtomicUsize>);
+        impl Drop for Count {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        let count = Count(self.in_progress.clone());
+        if count.0.fetch_add(1, Ordering::Relaxed) >= MAX_CALLS {
+            return Err(Error::new(libc::EAGAIN, "too many file operations are stuck; is a server down?"));
+        }
+        let (sender, receiver) = oneshot::channel();
+        let job = move || {
+            let _count = count;
+            let _ = sender.send(call());
+        };
+        self.jobs.send(Box::new(job)).map_err(|_| Error::new(libc::EAGAIN, "the dispatcher of blocking calls has ended"))?;
+        receiver.await.map_err(|_| Error::new(libc::EFAULT, "a blocking call could not be made, see the log"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures::executor::block_on;
+
+    #[test]
+    fn results_and_panics_come_back() {
+        let blocking = Blocking::new(Vec::new()).unwrap();
+        assert_eq!(block_on(blocking.run(|| 6 * 7)), Ok(42));
+        let error = block_on(blocking.run(|| -> i32 { panic!("expected by a test") })).unwrap_err();
+        assert_eq!(error.errno, libc::EFAULT);
+        assert_eq!(block_on(blocking.run(|| 1)), Ok(1));
+        assert_eq!(blocking.in_progress.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn stuck_calls_are_bounded() {
+        let blocking = Blocking::new(Vec::new()).unwrap();
+        blocking.in_progress.store(MAX_CALLS, Ordering::Relaxed);
+        assert_eq!(block_on(blocking.run(|| 1)).unwrap_err().errno, libc::EAGAIN);
+        assert_eq!(blocking.in_progress.load(Ordering::Relaxed), MAX_CALLS);
+    }
+}

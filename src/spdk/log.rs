@@ -1,0 +1,71 @@
+//! SPDK's log goes to `tracing`.
+
+use spdk_sys as sys;
+use spdk_sys::compat::{self, VaList};
+use spdk_sys::spdk_log_level as level;
+use std::ffi::{CStr, c_char, c_int};
+
+/// The log callback for `spdk_app_opts`.
+///
+/// # Safety
+/// SPDK calls it with C strings, or null, and the format's arguments.
+pub(super) unsafe extern "C" fn callback(
+    severity: c_int,
+    file: *const c_char,
+    line: c_int,
+    function: *const c_char,
+    format: *const c_char,
+    args: VaList,
+) {
+    // SPDK leaves the threshold to the callback.
+    // SAFETY: reads a global.
+    if severity > unsafe { sys::spdk_log_get_print_level() } || format.is_null() {
+        return;
+    }
+    let mut buffer = [0u8; 1024];
+    // SAFETY: format and arguments belong together, as SPDK passes them on.
+    let wanted = unsafe { compat::format_log(&mut buffer, format, args) };
+    let len = usize::try_from(wanted).unwrap_or(0).min(buffer.len() - 1);
+    let text = String::from_utf8_lossy(&buffer[..len]);
+    let text = text.trim_end();
+    // SAFETY: null or a C string that lives during the call.
+    let string = |s: *const c_char| if s.is_null() { "".into() } else { unsafe { CStr::from_ptr(s) }.to_string_lossy() };
+    let (file, function) = (string(file), string(function));
+    let place = format_args!("{file}:{line}");
+    match severity {
+        level::SPDK_LOG_ERROR => tracing::error!(target: "spdk", %place, %function, "{text}"),
+        level::SPDK_LOG_WARN => tracing::warn!(target: "spdk", %place, "{text}"),
+        level::SPDK_LOG_NOTICE | level::SPDK_LOG_INFO => tracing::info!(target: "spdk", "{text}"),
+        _ => tracing::debug!(target: "spdk", %place, %function, "{text}"),
+    }
+}
+
+/// How much SPDK says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Nothing.
+    Disabled,
+    /// Errors.
+    Error,
+    /// And warnings.
+    Warn,
+    /// And what is normal, but worth a line.
+    Notice,
+    /// And more.
+    Info,
+    /// And what a developer wants.
+    Debug,
+}
+
+impl Level {
+    pub(super) fn raw(self) -> sys::spdk_log_level::Type {
+        match self {
+            Level::Disabled => level::SPDK_LOG_DISABLED,
+            Level::Error => level::SPDK_LOG_ERROR,
+            Level::Warn => level::SPDK_LOG_WARN,
+            Level::Notice => level::SPDK_LOG_NOTICE,
+            Level::Info => level::SPDK_LOG_INFO,
+            Level::Debug => level::SPDK_LOG_DEBUG,
+        }
+    }
+}
