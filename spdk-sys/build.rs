@@ -13,6 +13,7 @@ const PROBES: &[(&str, &str, &str)] = &[
     ("spdk_app_opts_sized", "event.h", "size_t opts_size"),
     ("spdk_main_core", "event.h", "main_core"),
     ("spdk_no_huge", "event.h", "no_huge"),
+    ("spdk_lcore_map", "event.h", "lcore_map"),
     ("spdk_interrupt_mode", "event.h", "interrupt_mode"),
     ("spdk_usr1_handler", "event.h", "usr1_handler"),
     ("spdk_bdev_bitfields", "bdev_module.h", "split_on_optimal_io_boundary : 1"),

@@ -45,6 +45,22 @@ pub fn app_opts_set_no_huge(opts: &mut spdk_app_opts) -> bool {
     }
 }
 
+/// Lays cores on processors, in the words of DPDK's `--lcores`; `false` when this SPDK cannot. The string must stay where it is
+/// until `spdk_app_start` returns.
+pub fn app_opts_set_lcore_map(opts: &mut spdk_app_opts, map: *const c_char) -> bool {
+    #[cfg(spdk_lcore_map)]
+    {
+        opts.lcore_map = map;
+        opts.reactor_mask = core::ptr::null();
+        true
+    }
+    #[cfg(not(spdk_lcore_map))]
+    {
+        let _ = (opts, map);
+        false
+    }
+}
+
 /// Lets reactors sleep on event descriptors; `false` when this SPDK cannot.
 pub fn app_opts_set_interrupt_mode(opts: &mut spdk_app_opts) -> bool {
     #[cfg(spdk_interrupt_mode)]

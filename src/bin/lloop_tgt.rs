@@ -4,6 +4,7 @@ use clap::{Parser, ValueEnum};
 use lloop::spdk::SPDK_VERSION;
 use lloop::spdk::app::{self, AppOptions};
 use lloop::spdk::log::Level;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -149,16 +150,17 @@ fn main() -> ExitCode {
     }
     let quiet = args.silence_noticelog;
     let filter = tracing_subscriber::EnvFilter::try_from_env("LLOOP_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(if quiet { "warn" } else { "debug" }));
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
+        // (How much SPDK says is up to --log-level.)
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(if quiet { "warn,spdk=debug" } else { "info,spdk=debug" }));
+    let terminal = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(terminal).with_env_filter(filter).init();
     tracing::debug!(module = ?lloop::lloop::linked(), "linked");
 
-    let context = [args.lcores.as_ref().map(|list| format!("--lcores={list}")), args.env_context];
-    let context = context.into_iter().flatten().collect::<Vec<_>>().join(" ");
     let rpc_socket = args.rpc_socket.clone();
     let options = AppOptions {
         name: "lloop_tgt".into(),
         reactor_mask: args.lcores.is_none().then_some(args.cpumask),
+        lcore_map: args.lcores,
         main_core: args.main_core,
         mem_size_mib: args.mem_size,
         rpc_socket: Some(args.rpc_socket),
@@ -176,7 +178,7 @@ fn main() -> ExitCode {
         iova_mode: args.iova_mode,
         base_virtaddr: args.base_virtaddr,
         mem_channels: args.mem_channels,
-        env_context: (!context.is_empty()).then_some(context),
+        env_context: args.env_context,
         tpoint_group_mask: args.tpoint_group_mask,
         num_trace_entries: args.num_trace_entries,
         interrupt_mode: args.interrupt_mode,

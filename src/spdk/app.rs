@@ -14,6 +14,8 @@ pub struct AppOptions {
     pub name: String,
     /// Cores to run reactors on: a mask (`0x3`) or a list (`[0,1]`).
     pub reactor_mask: Option<String>,
+    /// Mapping of cores to processors instead (`0@0,1@1`).
+    pub lcore_map: Option<String>,
     /// Core of the application thread.
     pub main_core: Option<u32>,
     /// Hugepage memory in MiB.
@@ -133,6 +135,12 @@ pub fn run(options: &AppOptions, started: impl FnOnce() + 'static) -> Result<i32
     let unsupported = |what: &str| {
         Error::new(libc::EINVAL, format!("{what} needs a newer SPDK than v{}, which this was built with", super::SPDK_VERSION))
     };
+    if let Some(map) = &options.lcore_map {
+        let map = strings.keep("the mapping of cores", map)?;
+        if !compat::app_opts_set_lcore_map(&mut opts, map) {
+            return Err(unsupported("mapping cores (--lcores)"));
+        }
+    }
     if options.no_huge && !compat::app_opts_set_no_huge(&mut opts) {
         return Err(unsupported("running without hugepages"));
     }

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Sets this machine up to build and run lloop: Debian packages, a built SPDK, hugepages, and lloop itself.
+# Safe to run again: what is there already is left alone. Needs root for packages and hugepages only.
+#
+# usage: setup.sh [--tests] [--hugepages MIB] [--no-build] [--undo-hugepages]
+#   --tests            also what scripts/test.sh needs: SPDK's bdevio, bdevperf and spdk_dd with lloop inside
+#   --hugepages MIB    free hugepage memory to have at least (default 1024; 2048 with --tests)
+#   --no-build         stop before cargo build
+#   --undo-hugepages   put the number of hugepages back to what it was before the first run, and exit
+#
+# SPDK_DIR     a built SPDK tree to use (v20.07 to v26.05) instead of building v20.07
+# LLOOP_CACHE  where SPDK is built (default ~/.cache/lloop)
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+tests='' build=yes hugepages_mib=''
+while [ $# -gt 0 ]; do
+	case $1 in
+	--tests) tests=yes ;;
+	--no-build) build='' ;;
+	--hugepages)
+		[[ ${2:-} =~ ^[0-9]+$ ]] || die "--hugepages wants a number of MiB"
+		hugepages_mib=$2
+		shift
+		;;
+	--undo-hugepages) undo=yes ;;
+	-h | --help)
+		sed -n '2,/^set -e/p' "$0" | sed 's/^# \{0,1\}//;/^set -e/d'
+		exit 0
+		;;
+	*) die "unknown option $1" "see $0 --help" ;;
+	esac
+	shift
+done
+hugepages_mib=${hugepages_mib:-$([ -n "$tests" ] && echo 2048 || echo 1024)}
+hugepages_before=$LLOOP_CACHE/hugepages-before
+nr_hugepages=/proc/sys/vm/nr_hugepages
+
+if [ -n "${undo:-}" ]; then
+	[ -r "$hugepages_before" ] || die "nothing to undo: $hugepages_before is not there"
+	cat "$hugepages_before" >"$nr_hugepages" || die "cannot write $nr_hugepages" "run this as root"
+	say "hugepages are $(cat "$nr_hugepages") again"
+	rm -f "$hugepages_before"
+	exit 0
+fi
+
+# Debian's names. The first line builds SPDK v20.07 and what it links, the second bindgen, the third what v26.05 links too.
+packages=(
+	gcc g++ make pkg-config patch libnuma-dev libaio-dev libssl-dev uuid-dev libncurses-dev libcunit1-dev liburing-dev nasm meson ninja-build python3 xz-utils procps
+	libclang-dev clang
+	libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
+)
+[ -z "$tests" ] || packages+=(fuse3 util-linux)
+
+install_packages() {
+	local missing=() package
+	for package in "${packages[@]}"; do
+		[ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+	done
+	[ ${#missing[@]} -gt 0 ] || return 0
+	command -v apt-get >/dev/null || die "this machine has no apt-get" "install the counterparts of: ${missing[*]}"
+	[ "$(id -u)" = 0 ] || die "packages are missing, and installing them needs root" "sudo apt-get install ${missing[*]}"
+	export DEBIAN_FRONTEND=noninteractive
+	quietly "updating apt's lists" "$LLOOP_CACHE/apt.log" apt-get -q update
+	quietly "installing ${#missing[@]} packages" "$LLOOP_CACHE/apt.log" \
+		apt-get -q install -y --no-install-recommends "${missing[@]}"
+}
+
+check_rust() {
+	local wanted have
+	wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$LLOOP_ROOT/Cargo.toml")
+	[ -x "$HOME/.cargo/bin/cargo" ] && PATH=$PATH:$HOME/.cargo/bin
+	command -v cargo >/dev/null || die "Rust is missing" "install Rust $wanted or later with rustup (Debian's own is too old)"
+	have=$(cd "$LLOOP_ROOT" && rustc --version 2>&1) || die "rustc does not run here" "$have" "rust-toolchain.toml names the version: rustup toolchain install"
+	have=$(printf '%s' "$have" | awk '{ print $2 }')
+	[ "$(printf '%s\n' "$wanted" "${have%%-*}" | sort -V | head -n 1)" = "$wanted" ] ||
+		die "Rust $have is too old, lloop needs $wanted" "rustup update"
+}
+
+reserve_hugepages() {
+	local free total page_kib missing before
+	free=$(hugepages_free_mib)
+	if [ "$free" -lt "$hugepages_mib" ]; then
+		page_kib=$(awk '/^Hugepagesize/ { print $2 }' /proc/meminfo)
+		[ -n "$page_kib" ] || die "this kernel has no hugepages"
+		before=$(cat "$nr_hugepages")
+		total=$(((($(hugepages_total_mib) - free + hugepages_mib) * 1024 + page_kib - 1) / page_kib))
+		[ -w "$nr_hugepages" ] && [ "$(id -u)" = 0 ] ||
+			die "$hugepages_mib MiB of free hugepages are needed, $free MiB are there, and reserving them needs root" \
+				"sudo sh -c 'echo $total > $nr_hugepages'"
+		mkdir -p "$LLOOP_CACHE"
+		[ -e "$hugepages_before" ] || printf '%s\n' "$before" >"$hugepages_before"
+		# Asking for pages in a fragmented memory can fail half-way; compacting it first helps.
+		echo 1 >/proc/sys/vm/compact_memory 2>/dev/null || true
+		echo "$total" >"$nr_hugepages"
+		free=$(hugepages_free_mib)
+		missing=$((hugepages_mib - free))
+		[ "$missing" -le 0 ] || die "the kernel found $free MiB for hugepages, $missing MiB short of what is needed" \
+			"free memory: $(awk '/^MemAvailable/ { print int($2 / 1024) }' /proc/meminfo) MiB; end something large, or reboot and try again"
+		say "hugepages: $before -> $total of $page_kib KiB (undo: scripts/setup.sh --undo-hugepages)"
+	fi
+	if ! grep -q ' hugetlbfs ' /proc/mounts; then
+		[ "$(id -u)" = 0 ] || die "hugetlbfs is not mounted, and mounting it needs root" "sudo mount -t hugetlbfs nodev /dev/hugepages"
+		mkdir -p /dev/hugepages
+		mount -t hugetlbfs nodev /dev/hugepages
+		say "mounted hugetlbfs on /dev/hugepages"
+	fi
+}
+
+install_packages
+check_rust
+SPDK_DIR=$("$LLOOP_ROOT/scripts/spdk.sh")
+export SPDK_DIR
+reserve_hugepages
+cd "$LLOOP_ROOT"
+if [ -n "$build" ]; then
+	quietly "building lloop with SPDK v$(spdk_version "$SPDK_DIR")" "$CARGO_TARGET_DIR/build.log" cargo build --release --locked
+fi
+if [ -n "$tests" ]; then
+	"$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
+fi

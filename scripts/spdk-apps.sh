@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Builds SPDK's own programs with lloop inside: bdevio and bdevperf (SPDK's test suites) and spdk_dd. Prints the folder they
+# are in as its last line.
+#
+# Their sources are copied out of the SPDK tree and built beside our own build, so that the tree stays as it is: it may be
+# somebody's own, or read-only. liblloop.a comes in by LDFLAGS, without a patch.
+#
+# usage: spdk-apps.sh SPDK_DIR LIBLLOOP
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+exec 3>&1 1>&2
+
+[ $# -eq 2 ] || die "usage: spdk-apps.sh SPDK_DIR LIBLLOOP"
+spdk=$1 library=$2
+[ -r "$library" ] || die "$library is missing; cargo build --release makes it"
+out=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$spdk")
+mkdir -p "$out"
+
+# Lets a test lay the programs' cores on the processors that there are (tests/lcores.c).
+cc -O2 -Wall -c -o "$out/lcores.o" "$LLOOP_ROOT/tests/lcores.c"
+
+build() { # NAME SOURCE
+	local name=$1 source=$2 copy=$out/src/$1
+	rm -rf "$copy"
+	mkdir -p "$copy"
+	cp -r "$spdk/$source/." "$copy"
+	find "$copy" -name '*.o' -delete
+	PATH=/usr/bin:/bin:/usr/sbin:/sbin:$PATH \
+		LDFLAGS="-Wl,--whole-archive $library -Wl,--no-whole-archive -Wl,--wrap=rte_eal_init $out/lcores.o" \
+		make -C "$copy" "SPDK_ROOT_DIR=$spdk" "APP=$out/$name"
+	[ -x "$out/$name" ]
+}
+
+for app in bdevio:test/bdev/bdevio "bdevperf:$(cd "$spdk" && ls -d test/bdev/bdevperf examples/bdev/bdevperf 2>/dev/null | head -n 1)" spdk_dd:app/spdk_dd; do
+	name=${app%%:*}
+	if [ "$out/$name" -nt "$library" ] && [ "$out/$name" -nt "$LLOOP_ROOT/tests/lcores.c" ] && [ "$out/$name" -nt "$spdk/build/lib/libspdk_bdev.a" ]; then continue; fi
+	rm -f "$out/$name"
+	quietly "building SPDK's $name with lloop inside" "$out/$name.log" build "$name" "${app#*:}"
+done
+printf '%s\n' "$out" >&3

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sets everything up and passes every test. With arguments: only the tests whose names contain them (as cargo test takes them).
+# SPDK_DIR runs them against another SPDK.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+cd "$LLOOP_ROOT"
+
+scripts/setup.sh --tests
+SPDK_DIR=$(scripts/spdk.sh)
+export SPDK_DIR
+export LLOOP_SPDK_APPS=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$SPDK_DIR")
+
+if [ $# -eq 0 ]; then
+	quietly "checking the format" "$CARGO_TARGET_DIR/fmt.log" cargo fmt --all --check
+	quietly "linting" "$CARGO_TARGET_DIR/clippy.log" cargo clippy --locked --all-targets -- -D warnings
+fi
+say "testing with SPDK v$(spdk_version "$SPDK_DIR") ($SPDK_DIR)"
+# Each test that starts a target has its own socket, hugepage files and folder; two at a time is what two cores and 2 GiB of
+# hugepages carry.
+cargo test --locked --no-fail-fast "$@" -- --test-threads=2
