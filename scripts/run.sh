@@ -3,7 +3,7 @@
 # loopback, proves with an NVMe-oF initiator that data written comes back, and keeps serving until Ctrl-C.
 #
 # usage: run.sh [--image FILE] [--check] [--port PORT]
-#   --image FILE   serve this file (what is in it stays; the proof reads only) instead of a demo image of 256 MiB
+#   --image FILE   serve this file instead of a demo image of 256 MiB; what is in it stays: the proof writes what it reads there
 #   --check        stop after the proof
 #   --port PORT    listen there on 127.0.0.1 (default 4420)
 set -euo pipefail
@@ -96,8 +96,8 @@ name=$(run "$lloop" --socket "$socket" attach "$image" --allow-any-fs)
 say "exporting $name over NVMe/TCP on 127.0.0.1:$port"
 run "$lloop" --socket "$socket" export nvmf "$name" --listen "127.0.0.1:$port" --nqn "$nqn" --allow-any-host | sed 's/^/    /'
 
-# The proof: SPDK's NVMe-oF initiator, in a process of its own. It reads the whole device (or its first 64 MiB) through the
-# network and compares with the file; into the demo image it writes random data first, the same way.
+# The proof: SPDK's NVMe-oF initiator, in a process of its own, writes the first 64 MiB (or what there is), reads them back,
+# and both are compared with each other and with the file. Random data for the demo image; a user's image gets what it has.
 attach_remote='{"subsystems":[{"subsystem":"bdev","config":[{"method":"bdev_nvme_attach_controller","params":{"name":"Remote",
 	"trtype":"TCP","adrfam":"IPv4","traddr":"127.0.0.1","trsvcid":"'$port'","subnqn":"'$nqn'"}}]}]}'
 printf '%s\n' "$attach_remote" >"$work/initiator.json"
@@ -111,11 +111,11 @@ count=$((size / 1048576 < 64 ? size / 1048576 : 64))
 if [ -n "$own" ]; then
 	say "writing $count MiB of random data through the initiator"
 	head -c "$((count * 1048576))" /dev/urandom >"$work/written"
-	initiator --if="$work/written" --ob=Remoten1 --count="$count"
 else
-	say "comparing (your image is read only, nothing is written to it)"
+	say "writing the image's first $count MiB, as they are, through the initiator"
 	dd if="$image" of="$work/written" bs=1M count="$count" iflag=direct status=none
 fi
+initiator --if="$work/written" --ob=Remoten1 --count="$count"
 say "reading $count MiB back through the initiator"
 initiator --ib=Remoten1 --of="$work/read" --count="$count"
 cmp "$work/written" "$work/read" || die "what was read is not what was written"

@@ -1,0 +1,317 @@
+//! A target of its own for every test: own RPC socket, own hugepage files, own folder; gone with the test.
+
+#![allow(dead_code)] // each test binary uses its part
+
+pub mod nvme;
+
+use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::{Duration, Instant};
+
+/// JSON-RPC's "invalid parameters".
+pub const INVALID_PARAMS: i64 = -32602;
+
+/// What a refused call says.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Refused {
+    pub code: i64,
+    pub message: String,
+}
+
+/// A folder beside the build: /tmp may be a tmpfs, which has no direct I/O.
+pub fn folder() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("t").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// A file of zeroes.
+pub fn image(folder: &Path, name: &str, len_bytes: u64) -> PathBuf {
+    let path = folder.join(name);
+    std::fs::File::create(&path).unwrap().set_len(len_bytes).unwrap();
+    path
+}
+
+/// A running lloop_tgt.
+pub struct Target {
+    child: Child,
+    pub socket: PathBuf,
+    pub folder: tempfile::TempDir,
+}
+
+impl Target {
+    /// Starts one.
+    pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts one with more arguments.
+    pub fn start_with(args: &[&str]) -> Self {
+        Self::start_by(&mut Command::new(env!("CARGO_BIN_EXE_lloop_tgt")), args, folder())
+    }
+
+    /// Starts one by `command` in `folder`.
+    pub fn start_by(command: &mut Command, args: &[&str], folder: tempfile::TempDir) -> Self {
+        // The kernel limits a socket's path to 107 bytes, and build folders can be deep.
+        let socket = std::env::temp_dir().join(format!("lloop-{}-{}.sock", std::process::id(), unique()));
+        let log = std::fs::File::create(folder.path().join("log")).unwrap();
+        command
+            .args(["-m", "0x1", "-s", "512", "-r", socket.to_str().unwrap()])
+            .args(args)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        let child = command.spawn().unwrap();
+        let mut target = Target { child, socket, folder };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while target.try_call("rpc_get_methods", json!({})).is_none() {
+            if let Some(status) = target.child.try_wait().unwrap() {
+                panic!("lloop_tgt ended with {status}:\n{}", target.log());
+            }
+            assert!(Instant::now() < deadline, "lloop_tgt does not answer:\n{}", target.log());
+            std::thread::sleep(Duration::from_millis(30));
+        }
+        target
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it said.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// A file for it.
+    pub fn image(&self, name: &str, len_bytes: u64) -> PathBuf {
+        image(self.folder.path(), name, len_bytes)
+    }
+
+    fn try_call(&self, method: &str, params: Value) -> Option<Result<Value, Refused>> {
+        call(&self.socket, method, &params).ok()
+    }
+
+    /// Calls a method.
+    pub fn call(&self, method: &str, params: Value) -> Result<Value, Refused> {
+        match call(&self.socket, method, &params) {
+            Ok(answer) => answer,
+            Err(error) => panic!("{method} {params}: {error}; the target said:\n{}", self.log()),
+        }
+    }
+
+    /// Calls a method that has to succeed.
+    pub fn ok(&self, method: &str, params: Value) -> Value {
+        match self.call(method, params.clone()) {
+            Ok(value) => value,
+            Err(refused) => panic!("{method} {params}: {refused:?}"),
+        }
+    }
+
+    /// Calls a method that has to be refused with `errno`, in words that contain all of `words`.
+    pub fn refused(&self, method: &str, params: Value, errno: i32, words: &[&str]) {
+        let refused = match self.call(method, params.clone()) {
+            Ok(value) => panic!("{method} {params} was not refused but answered {value}"),
+            Err(refused) => refused,
+        };
+        assert_eq!(refused.code, -i64::from(errno), "{method} {params}: {}", refused.message);
+        for word in words {
+            assert!(refused.message.contains(word), "{method} {params}: no {word:?} in {:?}", refused.message);
+        }
+    }
+
+    /// Attaches a file; `more` parameters are added. The name.
+    pub fn attach(&self, file: &Path, more: Value) -> String {
+        let mut params = json!({"filename": file, "allow_any_fs": true});
+        params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        self.ok("bdev_lloop_create", params).as_str().unwrap().to_owned()
+    }
+
+    /// What `bdev_get_bdevs` says of a device.
+    pub fn bdev(&self, name: &str) -> Value {
+        self.ok("bdev_get_bdevs", json!({"name": name}))[0].clone()
+    }
+
+    /// The names of all devices of lloop.
+    pub fn names(&self) -> Vec<String> {
+        let bdevs = self.ok("bdev_get_bdevs", json!({}));
+        let lloops = bdevs.as_array().unwrap().iter().filter(|b| b["driver_specific"]["lloop"].is_object());
+        lloops.map(|b| b["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    /// Exports a device over NVMe/TCP on loopback; the address and the NQN.
+    pub fn export(&self, bdev: &str) -> (String, String) {
+        let nqn = format!("nqn.2026-11.io.lloop.test:{bdev}");
+        if self.ok("nvmf_get_transports", json!({})).as_array().is_none_or(Vec::is_empty) {
+            self.ok("nvmf_create_transport", json!({"trtype": "TCP"}));
+        }
+        self.ok("nvmf_create_subsystem", json!({"nqn": nqn, "allow_any_host": true, "serial_number": "LLOOP1"}));
+        self.ok("nvmf_subsystem_add_ns", json!({"nqn": nqn, "namespace": {"bdev_name": bdev}}));
+        for _ in 0..50 {
+            let port = free_port();
+            let address = json!({"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": port.to_string()});
+            if self.call("nvmf_subsystem_add_listener", json!({"nqn": nqn, "listen_address": address})).is_ok() {
+                return (format!("127.0.0.1:{port}"), nqn);
+            }
+        }
+        panic!("no port to listen on");
+    }
+
+    /// An initiator's connection to a device exported for it.
+    pub fn connect(&self, bdev: &str) -> nvme::Nvme {
+        let block = self.bdev(bdev)["block_size"].as_u64().unwrap() as usize;
+        let (address, nqn) = self.export(bdev);
+        nvme::Nvme::connect(&address, &nqn, block).unwrap()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self, limit: Duration) -> ExitStatus {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "lloop_tgt does not end:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Ends it as a user does; it has to end in order.
+    pub fn stop(&mut self) {
+        self.signal("TERM");
+        let status = self.wait(Duration::from_secs(30));
+        assert!(status.success(), "lloop_tgt ended with {status}:\n{}", self.log());
+    }
+
+    /// Its open descriptors: what they lead to. Without hugepage files, which are counted apart, and sockets: the RPC
+    /// connections of the tests come and go.
+    pub fn descriptors(&self) -> Vec<String> {
+        let dir = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
+        let mut all: Vec<String> = dir
+            .filter_map(|entry| Some(std::fs::read_link(entry.ok()?.path()).ok()?.display().to_string()))
+            .filter(|path| !path.starts_with("/dev/hugepages/") && !path.starts_with("socket:"))
+            // (SPDK v20.07 names the iSCSI connections' memory alike in every process, so another's end removes the name.)
+            .map(|path| path.trim_end_matches(" (deleted)").to_owned())
+            .collect();
+        all.sort();
+        all
+    }
+
+    /// How many threads it has.
+    pub fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().count()
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let pid = self.pid();
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        let _ = std::fs::remove_file(&self.socket);
+        remove_hugepage_files(pid);
+        if std::thread::panicking() {
+            eprintln!("---- the target's log\n{}----", self.log());
+        }
+    }
+}
+
+/// A killed SPDK leaves its hugepage files behind; these are the ones of `pid`.
+pub fn remove_hugepage_files(pid: u32) {
+    for entry in std::fs::read_dir("/dev/hugepages").into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with(&format!("spdk_pid{pid}map_")) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
+fn unique() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A port that nobody listens on at the moment.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// One JSON-RPC call on a connection of its own.
+pub fn call(socket: &Path, method: &str, params: &Value) -> std::io::Result<Result<Value, Refused>> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    let mut request = json!({"jsonrpc": "2.0", "id": 1, "method": method});
+    if params.as_object().is_none_or(|p| !p.is_empty()) {
+        request["params"] = params.clone();
+    }
+    stream.write_all(request.to_string().as_bytes())?;
+    let mut text = Vec::new();
+    loop {
+        let mut part = [0; 65536];
+        let n = stream.read(&mut part)?;
+        if n == 0 {
+            return Err(std::io::Error::other("the target closed the connection"));
+        }
+        text.extend(&part[..n]);
+        if let Ok(answer) = serde_json::from_slice::<Value>(&text) {
+            return Ok(match answer.get("error") {
+                Some(error) => Err(Refused {
+                    code: error["code"].as_i64().unwrap(),
+                    message: error["message"].as_str().unwrap_or_default().to_owned(),
+                }),
+                None => Ok(answer["result"].clone()),
+            });
+        }
+    }
+}
+
+/// SPDK's own programs with lloop inside, as scripts/test.sh builds them.
+pub fn spdk_app(name: &str) -> PathBuf {
+    let apps = std::env::var_os("LLOOP_SPDK_APPS").expect("LLOOP_SPDK_APPS is set: run the tests by scripts/test.sh");
+    let path = Path::new(&apps).join(name);
+    assert!(path.exists(), "{} is missing: run the tests by scripts/test.sh", path.display());
+    path
+}
+
+/// Runs a program to its end, within `limit`; what it printed, and how it ended.
+pub fn run(command: &mut Command, limit: Duration) -> (ExitStatus, String) {
+    let mut output = tempfile::tempfile().unwrap();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().unwrap())
+        .stderr(output.try_clone().unwrap())
+        .spawn()
+        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let pid = child.id();
+    let deadline = Instant::now() + limit;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            let _ = child.wait();
+            remove_hugepage_files(pid);
+            let mut text = String::new();
+            std::io::Seek::rewind(&mut output).unwrap();
+            let _ = output.read_to_string(&mut text);
+            panic!("{command:?} took longer than {limit:?}:\n{text}");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    remove_hugepage_files(pid);
+    let mut text = Vec::new();
+    std::io::Seek::rewind(&mut output).unwrap();
+    output.read_to_end(&mut text).unwrap();
+    (status, String::from_utf8_lossy(&text).into_owned())
+}

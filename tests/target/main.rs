@@ -1,0 +1,10 @@
+//! lloop_tgt as its users meet it: driven by RPC, tested by SPDK's own suites, read and written by an NVMe-oF initiator.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bad_input;
+mod durability;
+mod io;
+mod life;
+mod suites;
