@@ -15,7 +15,8 @@ const PROBES: &[(&str, &str, &str)] = &[
     ("spdk_no_huge", "event.h", "no_huge"),
     ("spdk_lcore_map", "event.h", "lcore_map"),
     ("spdk_interrupt_mode", "event.h", "interrupt_mode"),
-    ("spdk_usr1_handler", "event.h", "usr1_handler"),
+    ("spdk_cpumask_locks", "event.h", "disable_cpumask_locks"),
+    ("spdk_io_channel_struct_size", "thread.h", "define SPDK_IO_CHANNEL_STRUCT_SIZE"),
     ("spdk_bdev_bitfields", "bdev_module.h", "split_on_optimal_io_boundary : 1"),
     ("spdk_module_fini_done", "bdev_module.h", "void spdk_bdev_module_fini_done("),
     ("spdk_phys_blocklen", "bdev_module.h", "phys_blocklen;"),
@@ -40,6 +41,8 @@ const FUNCTIONS: &[&str] = &[
     "vsnprintf",
 ];
 
+const CONSTANTS: &[&str] = &["SPDK_IO_CHANNEL_STRUCT_SIZE"];
+
 const TYPES: &[&str] = &[
     "spdk_app_opts",
     "spdk_bdev",
@@ -54,6 +57,9 @@ const TYPES: &[&str] = &[
     "spdk_scsi_(status|sense|asc|ascq)",
     "spdk_nvme_(status_code_type|generic_command_status_code|media_error_status_code)",
 ];
+
+/// A test double of half of SPDK, left by the unit tests; and the reader of traces, a program's part, which is C++.
+const NOT_FOR_TARGETS: &[&str] = &["spdk_ut_mock", "spdk_trace_parser"];
 
 /// v20.07 has no pkg-config files. The DPDK libraries that SPDK needs there, and the system's (facts/spdk.md).
 const DPDK_LIBS_WITHOUT_PKG_CONFIG: &[&str] = &[
@@ -165,6 +171,9 @@ fn generate_bindings(spdk: &Path) {
     for function in FUNCTIONS {
         builder = builder.allowlist_function(function);
     }
+    for constant in CONSTANTS {
+        builder = builder.allowlist_var(constant);
+    }
     for ty in TYPES {
         builder = builder.allowlist_type(ty);
     }
@@ -185,8 +194,7 @@ fn link(spdk: &Path) {
     let lib_dir = spdk.join("build/lib");
     println!("cargo::rustc-link-search=native={}", lib_dir.display());
     for name in archives(&lib_dir, "libspdk_") {
-        // A test double of half of SPDK, left by the unit tests.
-        if name != "spdk_ut_mock" {
+        if !NOT_FOR_TARGETS.contains(&name.as_str()) {
             link_whole(&name);
         }
     }

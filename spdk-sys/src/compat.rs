@@ -61,6 +61,16 @@ pub fn app_opts_set_lcore_map(opts: &mut spdk_app_opts, map: *const c_char) -> b
     }
 }
 
+/// Lets other processes use the same cores; older versions always do.
+pub fn app_opts_disable_cpumask_locks(opts: &mut spdk_app_opts) {
+    #[cfg(spdk_cpumask_locks)]
+    {
+        opts.disable_cpumask_locks = true;
+    }
+    #[cfg(not(spdk_cpumask_locks))]
+    let _ = opts;
+}
+
 /// Lets reactors sleep on event descriptors; `false` when this SPDK cannot.
 pub fn app_opts_set_interrupt_mode(opts: &mut spdk_app_opts) -> bool {
     #[cfg(spdk_interrupt_mode)]
@@ -138,6 +148,20 @@ pub unsafe fn bdev_module_fini_done() {
 pub unsafe fn bdev_is_open(bdev: *const spdk_bdev) -> bool {
     // SAFETY: registered, so its list of descriptors is initialised.
     unsafe { !(*bdev).internal.open_descs.tqh_first.is_null() }
+}
+
+/// The memory of an I/O channel behind SPDK's own part of it (`spdk_io_channel_get_ctx`, an inline function).
+///
+/// # Safety
+/// `channel` is an I/O channel.
+#[inline]
+pub unsafe fn io_channel_ctx(channel: *mut spdk_io_channel) -> *mut core::ffi::c_void {
+    #[cfg(spdk_io_channel_struct_size)]
+    const OWN_BYTES: usize = SPDK_IO_CHANNEL_STRUCT_SIZE as usize;
+    #[cfg(not(spdk_io_channel_struct_size))]
+    const OWN_BYTES: usize = size_of::<spdk_io_channel>();
+    // SAFETY: SPDK allocates the context with the channel, behind that many bytes.
+    unsafe { channel.byte_add(OWN_BYTES).cast() }
 }
 
 /// Whether this SPDK can run reactors in interrupt mode.

@@ -72,6 +72,9 @@ struct Args {
     /// First virtual address of hugepage memory
     #[arg(long, value_name = "ADDRESS", value_parser = parse_number)]
     base_virtaddr: Option<u64>,
+    /// Share the cores with other SPDK processes (SPDK v22.05 and later refuse that otherwise)
+    #[arg(long)]
+    disable_cpumask_locks: bool,
     /// Mapping of reactors to processors, in DPDK's words (0@0,1@1)
     #[arg(long, value_name = "LIST", conflicts_with = "cpumask")]
     lcores: Option<String>,
@@ -81,7 +84,7 @@ struct Args {
     /// Trace groups to enable
     #[arg(short = 'e', long, value_name = "MASK")]
     tpoint_group_mask: Option<String>,
-    /// Trace entries to keep, 0 for none
+    /// Trace entries to keep for each core (32768 with -e, else 0: no tracing, which saves some 200 MB of memory)
     #[arg(long, value_name = "N")]
     num_trace_entries: Option<u64>,
     /// Let idle reactors sleep (SPDK with interrupt mode)
@@ -157,10 +160,12 @@ fn main() -> ExitCode {
     tracing::debug!(module = ?lloop::lloop::linked(), "linked");
 
     let rpc_socket = args.rpc_socket.clone();
+    let tracing = args.tpoint_group_mask.is_some();
     let options = AppOptions {
         name: "lloop_tgt".into(),
         reactor_mask: args.lcores.is_none().then_some(args.cpumask),
         lcore_map: args.lcores,
+        disable_cpumask_locks: args.disable_cpumask_locks,
         main_core: args.main_core,
         mem_size_mib: args.mem_size,
         rpc_socket: Some(args.rpc_socket),
@@ -180,7 +185,7 @@ fn main() -> ExitCode {
         mem_channels: args.mem_channels,
         env_context: args.env_context,
         tpoint_group_mask: args.tpoint_group_mask,
-        num_trace_entries: args.num_trace_entries,
+        num_trace_entries: args.num_trace_entries.or(tracing.then_some(32768)).or(Some(0)),
         interrupt_mode: args.interrupt_mode,
         log_level: Some(if quiet { Level::Warn } else { args.log_level.into() }),
         log_flags: args.logflag,

@@ -16,6 +16,8 @@ pub struct AppOptions {
     pub reactor_mask: Option<String>,
     /// Mapping of cores to processors instead (`0@0,1@1`).
     pub lcore_map: Option<String>,
+    /// Share the cores with other SPDK processes (newer SPDKs refuse that otherwise).
+    pub disable_cpumask_locks: bool,
     /// Core of the application thread.
     pub main_core: Option<u32>,
     /// Hugepage memory in MiB.
@@ -146,6 +148,9 @@ pub fn run(options: &AppOptions, started: impl FnOnce() + 'static) -> Result<i32
     }
     if options.interrupt_mode && !compat::app_opts_set_interrupt_mode(&mut opts) {
         return Err(unsupported("interrupt mode"));
+    }
+    if options.disable_cpumask_locks {
+        compat::app_opts_disable_cpumask_locks(&mut opts);
     }
     if let Some(level) = options.log_level {
         opts.print_level = level.raw();

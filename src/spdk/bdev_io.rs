@@ -88,11 +88,6 @@ impl BdevIo {
         unsafe { self.io.as_ref() }
     }
 
-    fn range(&self) -> &sys::spdk_bdev_io__bindgen_ty_1__bindgen_ty_1 {
-        // SAFETY: every type of IoType but Reset uses this member of the union, and its bytes are valid for any.
-        unsafe { &self.raw().u.bdev }
-    }
-
     fn block_bytes(&self) -> u64 {
         // SAFETY: the bdev of a live I/O is registered.
         unsafe { (*self.raw().bdev).blocklen.into() }
@@ -105,12 +100,14 @@ impl BdevIo {
 
     /// First block.
     pub fn offset_blocks(&self) -> u64 {
-        self.range().offset_blocks
+        // SAFETY: every type of IoType but Reset uses this member of the union, and its bytes are valid for any.
+        unsafe { self.raw().u.bdev.offset_blocks }
     }
 
     /// Number of blocks.
     pub fn num_blocks(&self) -> u64 {
-        self.range().num_blocks
+        // SAFETY: as for `offset_blocks`.
+        unsafe { self.raw().u.bdev.num_blocks }
     }
 
     /// First byte.
@@ -125,9 +122,11 @@ impl BdevIo {
 
     /// The memory of a read or write.
     pub fn iovs(&self) -> IoVecs {
-        let range = self.range();
-        // SAFETY: SPDK's array and the memory that it describes are valid until the I/O is completed.
-        unsafe { IoVecs::from_raw(range.iovs, range.iovcnt as usize) }
+        // SAFETY: as for `offset_blocks`; SPDK's array and the memory that it describes are valid until the I/O is completed.
+        unsafe {
+            let range = &self.raw().u.bdev;
+            IoVecs::from_raw(range.iovs, range.iovcnt as usize)
+        }
     }
 
     /// Puts the I/O away, in its own context memory, as part of what `make` makes of it.

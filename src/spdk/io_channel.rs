@@ -1,6 +1,7 @@
 //! State that exists once a thread: what SPDK calls an I/O channel of an I/O device.
 
 use spdk_sys as sys;
+use spdk_sys::compat;
 use std::ffi::{CStr, c_int, c_void};
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -66,9 +67,8 @@ pub(super) unsafe fn unregister(device: *const c_void, done: extern "C" fn(*mut 
 /// for as long as the reference is used.
 #[inline]
 pub(super) unsafe fn state<'a, C>(channel: *mut sys::spdk_io_channel) -> &'a C {
-    // SAFETY: SPDK puts the device's memory behind the channel's structure (spdk_io_channel_get_ctx, an inline function of
-    // both versions), and `create` put the pointer there.
-    unsafe { &**channel.add(1).cast::<Stored<C>>() }
+    // SAFETY: `create` put the pointer there.
+    unsafe { &**compat::io_channel_ctx(channel).cast::<Stored<C>>() }
 }
 
 /// State that every thread has one of while it needs it.

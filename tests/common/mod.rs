@@ -58,7 +58,7 @@ impl Target {
         let socket = std::env::temp_dir().join(format!("lloop-{}-{}.sock", std::process::id(), unique()));
         let log = std::fs::File::create(folder.path().join("log")).unwrap();
         command
-            .args(["-m", "0x1", "-s", "512", "-r", socket.to_str().unwrap()])
+            .args(["-m", "0x1", "-s", "512", "--disable-cpumask-locks", "-r", socket.to_str().unwrap()])
             .args(args)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -220,17 +220,19 @@ impl Drop for Target {
             let _ = self.child.wait();
         }
         let _ = std::fs::remove_file(&self.socket);
-        remove_hugepage_files(pid);
+        remove_leftovers(pid);
         if std::thread::panicking() {
             eprintln!("---- the target's log\n{}----", self.log());
         }
     }
 }
 
-/// A killed SPDK leaves its hugepage files behind; these are the ones of `pid`.
-pub fn remove_hugepage_files(pid: u32) {
-    for entry in std::fs::read_dir("/dev/hugepages").into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with(&format!("spdk_pid{pid}map_")) {
+/// A killed SPDK leaves its hugepage files and its trace memory behind; these are the ones of `pid`.
+pub fn remove_leftovers(pid: u32) {
+    let entries = ["/dev/hugepages", "/dev/shm"].into_iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten();
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with(&format!("spdk_pid{pid}map_")) || name.ends_with(&format!("_trace.pid{pid}")) {
             let _ = std::fs::remove_file(entry.path());
         }
     }
@@ -275,12 +277,19 @@ pub fn call(socket: &Path, method: &str, params: &Value) -> std::io::Result<Resu
     }
 }
 
-/// SPDK's own programs with lloop inside, as scripts/test.sh builds them.
-pub fn spdk_app(name: &str) -> PathBuf {
+/// One of SPDK's own programs with lloop inside, as scripts/test.sh builds them, ready to share its cores and touch no PCI.
+pub fn spdk_app(name: &str) -> Command {
     let apps = std::env::var_os("LLOOP_SPDK_APPS").expect("LLOOP_SPDK_APPS is set: run the tests by scripts/test.sh");
     let path = Path::new(&apps).join(name);
     assert!(path.exists(), "{} is missing: run the tests by scripts/test.sh", path.display());
-    path
+    let mut command = Command::new(&path);
+    command.arg("-u");
+    // Their folder is named after SPDK's version; newer ones lock their cores unless told not to, older ones know no such option.
+    let version: f32 = Path::new(&apps).file_name().and_then(|v| v.to_str()?.parse().ok()).expect("a version");
+    if version > 22.0 {
+        command.arg("--disable-cpumask-locks");
+    }
+    command
 }
 
 /// Runs a program to its end, within `limit`; what it printed, and how it ended.
@@ -301,7 +310,7 @@ pub fn run(command: &mut Command, limit: Duration) -> (ExitStatus, String) {
         if Instant::now() > deadline {
             let _ = child.kill();
             let _ = child.wait();
-            remove_hugepage_files(pid);
+            remove_leftovers(pid);
             let mut text = String::new();
             std::io::Seek::rewind(&mut output).unwrap();
             let _ = output.read_to_string(&mut text);
@@ -309,7 +318,7 @@ pub fn run(command: &mut Command, limit: Duration) -> (ExitStatus, String) {
         }
         std::thread::sleep(Duration::from_millis(20));
     };
-    remove_hugepage_files(pid);
+    remove_leftovers(pid);
     let mut text = Vec::new();
     std::io::Seek::rewind(&mut output).unwrap();
     output.read_to_end(&mut text).unwrap();

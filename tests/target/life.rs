@@ -2,7 +2,6 @@
 
 use crate::common::{Target, spdk_app};
 use serde_json::json;
-use std::process::Command;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -221,7 +220,7 @@ fn the_kernel_drivers_own_test() {
     let create = json!({"method": "bdev_lloop_create", "params": {"filename": file, "name": "L0", "allow_any_fs": true}});
     std::fs::write(&config, json!({"subsystems": [{"subsystem": "bdev", "config": [create]}]}).to_string()).unwrap();
     let dd = |count: &str| {
-        let mut command = Command::new(spdk_app("spdk_dd"));
+        let mut command = spdk_app("spdk_dd");
         command.arg("--json").arg(&config).arg(format!("--if={}", input.display()));
         command.args(["--ob=L0", "--bs=4096", "-m", "0x1", "-s", "256", "-r"]).arg(folder.path().join("s"));
         command.arg(format!("--count={count}"));

@@ -3,7 +3,6 @@
 use crate::common::{Target, folder, image, run, spdk_app};
 use serde_json::{Value, json};
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -25,9 +24,9 @@ fn lloop(folder: &Path, name: &str, len_bytes: u64, more: Value) -> (&'static st
 
 /// Runs bdevio on the devices of a configuration. All of its tests have to pass on each.
 fn bdevio(folder: &Path, config: &Path, devices: usize) {
-    let mut command = Command::new(spdk_app("bdevio"));
+    let mut command = spdk_app("bdevio");
     command.env("LLOOP_TEST_LCORES", "0@0,1@1,2@0").arg("--json").arg(config);
-    command.args(["-u", "-s", "256", "-r"]).arg(folder.join("s"));
+    command.args(["-s", "256", "-r"]).arg(folder.join("s"));
     let (status, output) = run(&mut command, LIMIT);
     assert!(status.success(), "bdevio: {status}\n{output}");
     // CUnit's summary: "tests", total, ran, passed, failed, inactive.
@@ -67,8 +66,8 @@ fn bdevio_passes_through_nvme_tcp() {
 
 /// Runs a workload of bdevperf on two reactors. It has to end well and to have done something on each device.
 fn bdevperf(folder: &Path, config: &Path, workload: &[&str]) -> String {
-    let mut command = Command::new(spdk_app("bdevperf"));
-    command.arg("--json").arg(config).args(["-u", "-s", "512", "-m", "0x3", "-C", "-t", "2", "-r"]).arg(folder.join("s"));
+    let mut command = spdk_app("bdevperf");
+    command.arg("--json").arg(config).args(["-s", "512", "-m", "0x3", "-C", "-t", "2", "-r"]).arg(folder.join("s"));
     let (status, output) = run(command.args(workload), LIMIT);
     assert!(status.success(), "bdevperf {workload:?}: {status}\n{output}");
     for bad in ["ERROR", "error occurred", "mismatch", "inf", "nan", "nan IOPS"] {
@@ -115,7 +114,7 @@ fn spdk_dd_copies_in_and_out() {
     let data: Vec<u8> = (0..48 * MIB).map(|i| (i.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as u8).collect();
     std::fs::write(&input, &data).unwrap();
     let dd = |arguments: [String; 2]| {
-        let mut command = Command::new(spdk_app("spdk_dd"));
+        let mut command = spdk_app("spdk_dd");
         command.arg("--json").arg(&config).args(arguments).args(["--bs=1048576", "-m", "0x1", "-s", "256", "-r"]);
         let (status, text) = run(command.arg(folder.path().join("s")), LIMIT);
         assert!(status.success(), "spdk_dd: {status}\n{text}");
