@@ -50,7 +50,7 @@ packages=(
 	libclang-dev clang
 	libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
 )
-[ -z "$tests" ] || packages+=(fuse3 util-linux)
+[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs python3-venv)
 
 install_packages() {
 	local missing=() package
@@ -118,4 +118,11 @@ if [ -n "$build" ]; then
 fi
 if [ -n "$tests" ]; then
 	"$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
+	# SPDK's client as PyPI has it: the plugin is tested with it, too.
+	venv=$LLOOP_CACHE/pypi-venv
+	if ! "$venv/bin/python" -c 'import spdk.rpc' 2>/dev/null; then
+		rm -rf "$venv"
+		quietly "installing SPDK's client from PyPI for the tests" "$LLOOP_CACHE/pypi.log" \
+			sh -c '/usr/bin/python3 -m venv "$1" && "$1/bin/pip" --disable-pip-version-check install spdk' sh "$venv"
+	fi
 fi

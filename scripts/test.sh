@@ -9,6 +9,7 @@ scripts/setup.sh --tests
 SPDK_DIR=$(scripts/spdk.sh)
 export SPDK_DIR
 export LLOOP_SPDK_APPS=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$SPDK_DIR")
+export LLOOP_PYPI_VENV=$LLOOP_CACHE/pypi-venv
 
 if [ $# -eq 0 ]; then
 	quietly "checking the format" "$CARGO_TARGET_DIR/fmt.log" cargo fmt --all --check

@@ -63,8 +63,21 @@ const NOT_FOR_TARGETS: &[&str] = &["spdk_ut_mock", "spdk_trace_parser"];
 
 /// v20.07 has no pkg-config files. The DPDK libraries that SPDK needs there, and the system's (facts/spdk.md).
 const DPDK_LIBS_WITHOUT_PKG_CONFIG: &[&str] = &[
-    "eal", "mempool", "ring", "mbuf", "mempool_ring", "pci", "bus_pci", "kvargs", "telemetry", "vhost", "net", "cryptodev",
-    "hash", "ethdev", "meter",
+    "eal",
+    "mempool",
+    "ring",
+    "mbuf",
+    "mempool_ring",
+    "pci",
+    "bus_pci",
+    "kvargs",
+    "telemetry",
+    "vhost",
+    "net",
+    "cryptodev",
+    "hash",
+    "ethdev",
+    "meter",
 ];
 const SYSTEM_LIBS_WITHOUT_PKG_CONFIG: &[&str] =
     &["numa", "dl", "rt", "uuid", "crypto", "ssl", "aio", "uring", "pthread", "m"];
@@ -105,9 +118,9 @@ fn find_spdk() -> PathBuf {
             dir.display()
         ));
     }
-    let cache = env::var_os("LLOOP_CACHE").map(PathBuf::from).or_else(|| {
-        env::var_os("HOME").map(|home| Path::new(&home).join(".cache/lloop"))
-    });
+    let cache = env::var_os("LLOOP_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| env::var_os("HOME").map(|home| Path::new(&home).join(".cache/lloop")));
     let mut trees: Vec<PathBuf> = cache
         .iter()
         .filter_map(|cache| fs::read_dir(cache).ok())
@@ -121,8 +134,12 @@ fn find_spdk() -> PathBuf {
 
 fn give_up(why: &str) -> ! {
     println!("cargo::error={why}");
-    println!("cargo::error=run scripts/setup.sh, which fetches and builds SPDK v20.07, or set SPDK_DIR to a built tree (v20.07 to v26.05)");
-    println!("cargo::error=(the lloop command line alone builds without SPDK: cargo build --no-default-features --bin lloop)");
+    println!(
+        "cargo::error=run scripts/setup.sh, which fetches and builds SPDK v20.07, or set SPDK_DIR to a built tree (v20.07 to v26.05)"
+    );
+    println!(
+        "cargo::error=(the lloop command line alone builds without SPDK: cargo build --no-default-features --bin lloop)"
+    );
     std::process::exit(1);
 }
 

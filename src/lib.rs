@@ -5,8 +5,8 @@
 
 pub mod engine;
 pub mod error;
+#[cfg(feature = "spdk")]
+pub mod lloop;
 pub mod os;
 #[cfg(feature = "spdk")]
 pub mod spdk;
-#[cfg(feature = "spdk")]
-pub mod lloop;

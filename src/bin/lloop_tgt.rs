@@ -154,7 +154,9 @@ fn main() -> ExitCode {
     let quiet = args.silence_noticelog;
     let filter = tracing_subscriber::EnvFilter::try_from_env("LLOOP_LOG")
         // (How much SPDK says is up to --log-level.)
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(if quiet { "warn,spdk=debug" } else { "info,spdk=debug" }));
+        .unwrap_or_else(|_| {
+            tracing_subscriber::EnvFilter::new(if quiet { "warn,spdk=debug" } else { "info,spdk=debug" })
+        });
     let terminal = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(terminal).with_env_filter(filter).init();
     tracing::debug!(module = ?lloop::lloop::linked(), "linked");

@@ -82,7 +82,11 @@ impl<T: Send + 'static> Port<T> {
 
 impl<T> Drop for Port<T> {
     fn drop(&mut self) {
-        debug_assert!(self.in_flight == 0 || std::thread::panicking(), "a port was closed with {} requests", self.in_flight);
+        debug_assert!(
+            self.in_flight == 0 || std::thread::panicking(),
+            "a port was closed with {} requests",
+            self.in_flight
+        );
         self.pool.remove_port(self.id);
     }
 }

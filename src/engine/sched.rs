@@ -97,7 +97,8 @@ impl<T> Sched<T> {
     }
 
     fn drop_if_closed(&mut self, id: u32) -> bool {
-        let gone = |lane: &Lane<T>| lane.closing && lane.running == 0 && lane.queue.is_empty() && lane.flushes.is_empty();
+        let gone =
+            |lane: &Lane<T>| lane.closing && lane.running == 0 && lane.queue.is_empty() && lane.flushes.is_empty();
         let slot = &mut self.lanes[id as usize];
         if slot.as_ref().is_some_and(gone) {
             *slot = None;
@@ -130,7 +131,7 @@ impl<T> Sched<T> {
     }
 
     /// The next thing to do, if there is any that may be done now.
-    pub fn next(&mut self) -> Option<Work<T>> {
+    pub fn take_next(&mut self) -> Option<Work<T>> {
         while let Some(id) = self.ring.pop_front() {
             let lane = self.lanes[id as usize].as_mut().expect("a lane leaves the ring before it goes");
             lane.in_ring = false;

@@ -22,7 +22,7 @@ impl Target {
     /// The part of `file` that starts at `base_bytes`, used in blocks of `block_bytes`.
     pub fn new(file: DirectFile, base_bytes: u64, block_bytes: u32) -> Self {
         let align = file.offset_align_bytes() as u64;
-        let sub_page = u64::from(block_bytes) % align != 0 || base_bytes % align != 0;
+        let sub_page = !u64::from(block_bytes).is_multiple_of(align) || !base_bytes.is_multiple_of(align);
         Target {
             file,
             base_bytes,

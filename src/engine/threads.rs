@@ -75,6 +75,9 @@ const NOBODY: Ticks = 0;
 /// It belongs to a worker that is in no call.
 const IDLE: Ticks = Ticks::MAX;
 
+/// Where the answers of each port go.
+type Ports<T> = Vec<Option<Arc<Inbox<Request<T>>>>>;
+
 pub(super) struct Shared<T> {
     inbox: Inbox<Request<T>>,
     /// Where workers sleep.
@@ -96,7 +99,7 @@ pub(super) struct Shared<T> {
     stop: AtomicBool,
     sched: Mutex<Sched<T>>,
     lane_gone: Condvar,
-    ports: Mutex<Vec<Option<Arc<Inbox<Request<T>>>>>>,
+    ports: Mutex<Ports<T>>,
     ports_changed: AtomicU64,
     busy: Vec<Busy>,
     handles: Mutex<Vec<std::thread::JoinHandle<()>>>,
@@ -203,7 +206,10 @@ impl<T: Send + 'static> Pool<T> {
             if left.is_zero() {
                 return Err(Error::new(
                     libc::ETIMEDOUT,
-                    format!("a call on {} has not returned for {limit:?}; the file stays open until it does", target.file().path().display()),
+                    format!(
+                        "a call on {} has not returned for {limit:?}; the file stays open until it does",
+                        target.file().path().display()
+                    ),
                 ));
             }
             sched = self.0.lane_gone.wait_timeout(sched, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -244,7 +250,8 @@ impl<T: Send + 'static> Pool<T> {
         loop {
             self.0.idle.notify_all();
             let mut handles = self.0.handles.lock().unwrap_or_else(PoisonError::into_inner);
-            let (done, left): (Vec<_>, Vec<_>) = std::mem::take(&mut *handles).into_iter().partition(|h| h.is_finished());
+            let (done, left): (Vec<_>, Vec<_>) =
+                std::mem::take(&mut *handles).into_iter().partition(|h| h.is_finished());
             done.into_iter().for_each(|handle| drop(handle.join()));
             let stuck = left.len();
             *handles = left;
@@ -253,7 +260,10 @@ impl<T: Send + 'static> Pool<T> {
                 return Ok(());
             }
             if Instant::now() >= deadline {
-                return Err(Error::new(libc::ETIMEDOUT, format!("{stuck} threads are stuck in a call and were left behind")));
+                return Err(Error::new(
+                    libc::ETIMEDOUT,
+                    format!("{stuck} threads are stuck in a call and were left behind"),
+                ));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -310,13 +320,10 @@ impl<T> Shared<T> {
 
 impl<T: Send + 'static> Shared<T> {
     fn start(&self, name: String, run: impl FnOnce() + Send + 'static) -> Result<()> {
-        let handle = std::thread::Builder::new()
-            .name(name)
-            .spawn(run)
-            .map_err(|e| {
-                let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
-                Error::new(errno, format!("cannot start a thread: {}", reason(errno)))
-            })?;
+        let handle = std::thread::Builder::new().name(name).spawn(run).map_err(|e| {
+            let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
+            Error::new(errno, format!("cannot start a thread: {}", reason(errno)))
+        })?;
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.retain(|h| !h.is_finished());
         handles.push(handle);
@@ -364,11 +371,13 @@ impl<T: Send + 'static> Shared<T> {
     }
 
     fn work_with(&self, mut transfer: Transfer) {
-        let mut ports = Vec::new();
+        let mut ports = Ports::new();
         let mut ports_seen = u64::MAX;
-        let Some(busy) = self.busy.iter().find(|b| {
-            b.submitted.compare_exchange(NOBODY, IDLE, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-        }) else {
+        let Some(busy) = self
+            .busy
+            .iter()
+            .find(|b| b.submitted.compare_exchange(NOBODY, IDLE, Ordering::Relaxed, Ordering::Relaxed).is_ok())
+        else {
             return;
         };
         self.active.fetch_add(1, Ordering::SeqCst);
@@ -386,7 +395,7 @@ impl<T: Send + 'static> Shared<T> {
             // they are stuck, whatever the averages say.)
             let picks = self.picks.load(Ordering::Relaxed);
             let surplus = self.active.load(Ordering::Relaxed) > self.budget && picks != picks_seen;
-            if let Some(work) = (!surplus).then(|| sched.next()).flatten() {
+            if let Some(work) = (!surplus).then(|| sched.take_next()).flatten() {
                 let more = sched.has_ready();
                 self.ready.store(more, Ordering::Relaxed);
                 picks_seen = picks.wrapping_add(1);
@@ -479,7 +488,7 @@ impl<T: Send + 'static> Shared<T> {
 }
 
 /// Gives each request back to the port it came from.
-fn answer<T>(ports: &[Option<Arc<Inbox<Request<T>>>>], mut requests: List<Request<T>>) {
+fn answer<T>(ports: &Ports<T>, mut requests: List<Request<T>>) {
     while let Some(first) = requests.pop_front() {
         let port = first.port;
         let mut batch = Batch::default();

@@ -124,7 +124,13 @@ impl Transfer {
     }
 
     /// Writes `data` (from a position in it on), or zeroes, over a range that covers parts of pages.
-    fn write_parts(&mut self, target: &Target, offset_bytes: u64, len_bytes: u64, data: Option<(&IoVecs, usize)>) -> Outcome {
+    fn write_parts(
+        &mut self,
+        target: &Target,
+        offset_bytes: u64,
+        len_bytes: u64,
+        data: Option<(&IoVecs, usize)>,
+    ) -> Outcome {
         let align = target.file().offset_align_bytes();
         for part in pages(offset_bytes, len_bytes, align as u64) {
             let tail_page = part.pages_len - align;

@@ -25,9 +25,7 @@ fn with_entries<R>(f: impl FnOnce(&mut BTreeMap<String, Entry>) -> R) -> Result<
 }
 
 fn blocking() -> Result<Blocking> {
-    REGISTRY
-        .with(|registry| registry.blocking.clone())
-        .ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
+    REGISTRY.with(|registry| registry.blocking.clone()).ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
 }
 
 /// A name that is reserved until the attach has succeeded.
@@ -44,7 +42,10 @@ impl Reservation {
             if entries.len() >= max as usize {
                 return Err(Error::new(
                     libc::EBUSY,
-                    format!("all {max} devices are in use; detach one, or raise max_lloop (bdev_lloop_set_options, up to {})", options::MAX_LLOOP),
+                    format!(
+                        "all {max} devices are in use; detach one, or raise max_lloop (bdev_lloop_set_options, up to {})",
+                        options::MAX_LLOOP
+                    ),
                 ));
             }
             let taken = |name: &str| entries.contains_key(name) || bdev::exists(name);
@@ -77,7 +78,10 @@ impl Reservation {
                 if other.is_some_and(|other| other.is_same_file(&identity)) {
                     let path = path.filter(|path| path != file.path());
                     let also = path.map_or(String::new(), |path| format!(" (as {})", path.display()));
-                    return Err(Error::new(libc::EBUSY, format!("{shown} is attached already, as {name}{also}; detach that first")));
+                    return Err(Error::new(
+                        libc::EBUSY,
+                        format!("{shown} is attached already, as {name}{also}; detach that first"),
+                    ));
                 }
             }
             entries.insert(self.name.clone(), Entry::Attaching(Some(identity)));
@@ -190,7 +194,9 @@ fn find(name: &str) -> Result<(Arc<Device>, BdevHandle)> {
     with_entries(|entries| match entries.get(name) {
         Some(Entry::Attached(device, handle)) => Ok((device.clone(), handle.clone())),
         Some(Entry::Attaching(_)) => Err(Error::new(libc::EBUSY, format!("{name} is just being attached; try again"))),
-        None => Err(Error::new(libc::ENODEV, format!("there is no lloop device {name}; lloop list shows those there are"))),
+        None => {
+            Err(Error::new(libc::ENODEV, format!("there is no lloop device {name}; lloop list shows those there are")))
+        }
     })?
 }
 
@@ -243,12 +249,17 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
         return Err(gone());
     }
     let block = u64::from(params.block_size);
-    if size_bytes % block != 0 {
+    if !size_bytes.is_multiple_of(block) {
         return refuse(libc::EINVAL, format!("size {size_bytes} is no multiple of the block size {block}"));
     }
     let current_bytes = handle.num_blocks()? * block;
     if size_bytes != 0 && size_bytes < current_bytes {
-        return refuse(libc::EINVAL, format!("it has {current_bytes} bytes and cannot shrink to {size_bytes}; detach it and attach it with size_limit"));
+        return refuse(
+            libc::EINVAL,
+            format!(
+                "it has {current_bytes} bytes and cannot shrink to {size_bytes}; detach it and attach it with size_limit"
+            ),
+        );
     }
     let Some(end_bytes) = params.offset.checked_add(size_bytes).filter(|&end| end <= i64::MAX as u64) else {
         return refuse(libc::EFBIG, format!("size {size_bytes} is more than a file can have"));
@@ -260,13 +271,15 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
     let (file_bytes, align_bytes) = blocking
         .run(move || {
             let file = target.file();
-            let mut file_bytes = file.size_bytes().map_err(|e| Error::os(e, format!("asking for the size of {file_name}")))?;
+            let mut file_bytes =
+                file.size_bytes().map_err(|e| Error::os(e, format!("asking for the size of {file_name}")))?;
             if size_bytes != 0 && file_bytes < end_bytes {
                 if read_only {
                     let message = format!("{file_name} is attached read-only and too short; it cannot be made longer");
                     return Err(Error::new(libc::EROFS, message));
                 }
-                file.set_size(end_bytes).map_err(|e| Error::os(e, format!("making {file_name} {end_bytes} bytes long")))?;
+                file.set_size(end_bytes)
+                    .map_err(|e| Error::os(e, format!("making {file_name} {end_bytes} bytes long")))?;
                 file_bytes = end_bytes;
             }
             Ok((file_bytes, file.offset_align_bytes() as u64))
@@ -283,7 +296,9 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
     if new_bytes < current_bytes {
         return refuse(
             libc::EINVAL,
-            format!("the file has become shorter than the device ({current_bytes} bytes), which cannot shrink; give size {current_bytes} to make the file long enough again"),
+            format!(
+                "the file has become shorter than the device ({current_bytes} bytes), which cannot shrink; give size {current_bytes} to make the file long enough again"
+            ),
         );
     }
     handle.set_num_blocks(num_blocks)?;
@@ -303,7 +318,10 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
 pub async fn resume(name: &str) -> Result<()> {
     let (device, handle) = find(name)?;
     let Some(target) = device.target().filter(|target| target.degraded().is_some()) else {
-        return Err(Error::new(libc::EINVAL, format!("{name} is neither fenced nor degraded; there is nothing to resume")));
+        return Err(Error::new(
+            libc::EINVAL,
+            format!("{name} is neither fenced nor degraded; there is nothing to resume"),
+        ));
     };
     let params = device.params();
     let end_bytes = params.offset + handle.num_blocks()? * u64::from(params.block_size);

@@ -117,8 +117,8 @@ impl Channel {
     pub fn submit(&self, op: Op, io: BdevIo, iovs: IoVecs) {
         let (offset, len) = (io.offset_bytes(), io.len_bytes());
         self.counters.submitted();
-        let request =
-            io.park(|io| Request::new(op, &self.lane, offset, len, iovs, Token { io, counters: self.counters.clone() }));
+        let request = io
+            .park(|io| Request::new(op, &self.lane, offset, len, iovs, Token { io, counters: self.counters.clone() }));
         self.group.inner.port.borrow_mut().stage(request);
     }
 

@@ -8,9 +8,9 @@ pub mod rpc;
 pub mod state;
 
 use crate::engine::{Pool, PoolOptions};
+use crate::os::clock;
 use crate::os::file::Identity;
 use crate::os::task::Blocking;
-use crate::os::clock;
 use crate::spdk::bdev::{self, BdevHandle, FiniDone};
 use crate::spdk::thread::{self, Owned};
 use channel::{GROUPS, Token};
@@ -93,7 +93,8 @@ impl bdev::Module for Lloop {
     fn fini(done: FiniDone) {
         let Some(registry) = REGISTRY.take() else { return done.report() };
         thread::spawn(async move {
-            if let Some(pool) = POOL.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let pool = POOL.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(pool) = pool {
                 let stopped = registry.blocking.run(move || pool.stop(Duration::from_secs(5))).await;
                 if let Err(error) | Ok(Err(error)) = stopped {
                     tracing::error!("ending the workers: {error}");

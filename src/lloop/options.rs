@@ -61,7 +61,13 @@ impl OptionsChange {
     /// # Errors
     /// EINVAL, naming the option that is out of its range.
     pub fn apply(&self) -> Result<Options> {
-        fn set<N: Copy + PartialOrd + std::fmt::Display>(name: &str, field: &mut N, new: Option<N>, min: N, max: N) -> Result<()> {
+        fn set<N: Copy + PartialOrd + std::fmt::Display>(
+            name: &str,
+            field: &mut N,
+            new: Option<N>,
+            min: N,
+            max: N,
+        ) -> Result<()> {
             match new {
                 Some(n) if n < min || n > max => {
                     return Err(Error::new(libc::EINVAL, format!("{name} must be {min} to {max}, not {n}")));
@@ -194,7 +200,7 @@ pub fn capacity_blocks(params: &CreateParams, file_bytes: u64, align_bytes: u64)
     if file_bytes < block {
         return refuse(format!("the file has {file_bytes} bytes, less than a block of {block}; make it larger first"));
     }
-    if offset % block != 0 {
+    if !offset.is_multiple_of(block) {
         return refuse(format!("offset {offset} is no multiple of the block size {block}"));
     }
     if offset >= file_bytes {
@@ -202,7 +208,9 @@ pub fn capacity_blocks(params: &CreateParams, file_bytes: u64, align_bytes: u64)
     }
     let rest = file_bytes - offset;
     if limit > rest {
-        return refuse(format!("size_limit {limit} is over the file's end: {rest} bytes are left behind offset {offset}"));
+        return refuse(format!(
+            "size_limit {limit} is over the file's end: {rest} bytes are left behind offset {offset}"
+        ));
     }
     let end = offset + if limit == 0 { rest } else { limit };
     // Where direct I/O is coarser than a block, the last page is used only if the file has all of it: writing a part of it
@@ -249,7 +257,10 @@ mod tests {
             (0, 100, 4096, 1 << 20, "nothing"),
         ] {
             let error = blocks(offset, limit, block, file, 512).unwrap_err();
-            assert!(error.errno == libc::EINVAL && error.message.contains(text) && error.message.contains("/f"), "{error}");
+            assert!(
+                error.errno == libc::EINVAL && error.message.contains(text) && error.message.contains("/f"),
+                "{error}"
+            );
         }
     }
 
@@ -272,7 +283,10 @@ mod tests {
             "engine": "threads", "allow_any_fs": true, "uuid": "6c6c6f6f-7000-5000-8000-6c7573747265", "lock": "off", "discard": false});
         let params: CreateParams = serde_json::from_value(json.clone()).unwrap();
         assert_eq!(serde_json::to_value(&params).unwrap(), json);
-        assert_eq!(serde_json::to_value(super::tests::params(0, 0, 4096)).unwrap(), json!({"filename": "/f", "block_size": 4096}));
+        assert_eq!(
+            serde_json::to_value(super::tests::params(0, 0, 4096)).unwrap(),
+            json!({"filename": "/f", "block_size": 4096})
+        );
     }
 
     #[test]

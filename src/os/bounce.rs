@@ -29,7 +29,9 @@ impl BounceBuffer {
             )
         };
         match NonNull::new(start.cast::<u8>()) {
-            Some(start) if start.as_ptr().cast::<libc::c_void>() != libc::MAP_FAILED => Ok(BounceBuffer { start, len_bytes }),
+            Some(start) if start.as_ptr().cast::<libc::c_void>() != libc::MAP_FAILED => {
+                Ok(BounceBuffer { start, len_bytes })
+            }
             _ => Err(std::io::Error::last_os_error()),
         }
     }

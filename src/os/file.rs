@@ -127,8 +127,11 @@ impl DirectFile {
         let refuse = || {
             Error::new(
                 libc::EINVAL,
-                format!("{} cannot do direct I/O (O_DIRECT) on {}; move the file to a filesystem that can",
-                    self.path.display(), self.identity.fs_name()),
+                format!(
+                    "{} cannot do direct I/O (O_DIRECT) on {}; move the file to a filesystem that can",
+                    self.path.display(),
+                    self.identity.fs_name()
+                ),
             )
         };
         match dio_align(self.fd.as_fd()) {
@@ -306,8 +309,8 @@ fn retry_interrupted(mut call: impl FnMut() -> isize) -> Result<usize, i32> {
 
 fn open_fd(path: &CString, flags: i32) -> Result<OwnedFd, i32> {
     let mut fd = -1;
-    // SAFETY: a NUL-terminated path that outlives the call.
     retry_interrupted(|| {
+        // SAFETY: a NUL-terminated path that outlives the call.
         fd = unsafe { libc::open(path.as_ptr(), flags | libc::O_CLOEXEC) };
         fd as isize
     })?;
@@ -319,7 +322,9 @@ fn open_error(errno: i32, path: &Path, options: OpenOptions) -> Error {
     let shown = path.display();
     let advice = match errno {
         libc::ENOENT => "no such file; create it first (lloop create)".to_owned(),
-        libc::EACCES | libc::EPERM if options.read_only => "permission denied; the target must be able to read it".into(),
+        libc::EACCES | libc::EPERM if options.read_only => {
+            "permission denied; the target must be able to read it".into()
+        }
         libc::EACCES | libc::EPERM => {
             "permission denied; the target must be able to read and write it, or attach it read-only".into()
         }
@@ -400,9 +405,7 @@ fn dio_align(fd: BorrowedFd<'_>) -> Option<(usize, usize)> {
     // SAFETY: statx is plain data, for which zeroes are valid.
     let mut stat: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: an open descriptor, an empty C string (allowed by AT_EMPTY_PATH) and a live structure.
-    let rc = unsafe {
-        libc::statx(fd.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut stat)
-    };
+    let rc = unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut stat) };
     (rc == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0)
         .then_some((stat.stx_dio_offset_align as usize, stat.stx_dio_mem_align as usize))
 }

@@ -59,7 +59,12 @@ impl IoVecs {
     }
 
     /// Calls `f(pointer, length, bytes before)` for the parts of the segments that lie in `skip_bytes..skip_bytes+len_bytes`.
-    fn for_each_part(&self, mut skip_bytes: usize, len_bytes: usize, mut f: impl FnMut(*mut u8, usize, usize)) -> usize {
+    fn for_each_part(
+        &self,
+        mut skip_bytes: usize,
+        len_bytes: usize,
+        mut f: impl FnMut(*mut u8, usize, usize),
+    ) -> usize {
         let mut done = 0;
         for segment in self.segments() {
             if done == len_bytes {

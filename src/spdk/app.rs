@@ -135,7 +135,10 @@ pub fn run(options: &AppOptions, started: impl FnOnce() + 'static) -> Result<i32
         opts.num_entries = entries;
     }
     let unsupported = |what: &str| {
-        Error::new(libc::EINVAL, format!("{what} needs a newer SPDK than v{}, which this was built with", super::SPDK_VERSION))
+        Error::new(
+            libc::EINVAL,
+            format!("{what} needs a newer SPDK than v{}, which this was built with", super::SPDK_VERSION),
+        )
     };
     if let Some(map) = &options.lcore_map {
         let map = strings.keep("the mapping of cores", map)?;

@@ -105,7 +105,7 @@ impl<D: Bdev> Table<D> {
         destruct: Some(destruct::<D>),
         submit_request: Some(submit::<D>),
         io_type_supported: Some(supports::<D>),
-        get_io_channel: Some(get_io_channel::<D>),
+        get_io_channel: Some(get_io_channel),
         dump_info_json: Some(dump_info::<D>),
         write_config_json: Some(write_config::<D>),
         // SAFETY: zeroes are "not provided" for all others, whatever this version has.
@@ -138,7 +138,11 @@ unsafe extern "C" fn submit<D: Bdev>(channel: *mut sys::spdk_io_channel, io: *mu
     unsafe { submit_ready::<D>(channel, io) };
 }
 
-unsafe extern "C" fn got_buffer<D: Bdev>(channel: *mut sys::spdk_io_channel, io: *mut sys::spdk_bdev_io, success: bool) {
+unsafe extern "C" fn got_buffer<D: Bdev>(
+    channel: *mut sys::spdk_io_channel,
+    io: *mut sys::spdk_bdev_io,
+    success: bool,
+) {
     // SAFETY: called for the I/O that the buffer was asked for, on its thread.
     unsafe {
         if success {
@@ -162,10 +166,11 @@ unsafe fn submit_ready<D: Bdev>(channel: *mut sys::spdk_io_channel, io: *mut sys
 unsafe extern "C" fn supports<D: Bdev>(context: *mut c_void, io_type: sys::spdk_bdev_io_type::Type) -> bool {
     // SAFETY: SPDK passes the bdev's context.
     let registration = unsafe { registration::<D>(context) };
-    IoType::from_raw(io_type).is_some_and(|io_type| guard("io_type_supported", || registration.device.supports(io_type)) == Some(true))
+    IoType::from_raw(io_type)
+        .is_some_and(|io_type| guard("io_type_supported", || registration.device.supports(io_type)) == Some(true))
 }
 
-unsafe extern "C" fn get_io_channel<D: Bdev>(context: *mut c_void) -> *mut sys::spdk_io_channel {
+unsafe extern "C" fn get_io_channel(context: *mut c_void) -> *mut sys::spdk_io_channel {
     // SAFETY: the context is what was registered as the I/O device.
     unsafe { sys::spdk_get_io_channel(context) }
 }
@@ -234,7 +239,11 @@ extern "C" fn channels_gone<D: Bdev>(context: *mut c_void) {
 ///
 /// # Errors
 /// EEXIST when the name (or, in newer SPDKs, the UUID) is taken; the device is dropped then.
-pub fn register<D: Bdev, M: Module>(module: &'static ModuleEntry<M>, device: Arc<D>, description: &Description) -> Result<BdevHandle> {
+pub fn register<D: Bdev, M: Module>(
+    module: &'static ModuleEntry<M>,
+    device: Arc<D>,
+    description: &Description,
+) -> Result<BdevHandle> {
     let invalid = |_| Error::new(libc::EINVAL, format!("{:?} is no name: it holds a NUL character", description.name));
     let name = CString::new(description.name.as_str()).map_err(invalid)?;
     let home = Thread::current().ok_or_else(|| Error::new(libc::EINVAL, "not on an SPDK thread"))?;
@@ -257,8 +266,13 @@ pub fn register<D: Bdev, M: Module>(module: &'static ModuleEntry<M>, device: Arc
 
     let handle = Rc::new(HandleState { bdev: Cell::new(std::ptr::null_mut()), unregistering: Cell::new(false) });
     let strings = (name, description.product);
-    let registration =
-        Box::into_raw(Box::new(Registration { bdev: bdev.into(), device, home, handle: handle.clone(), _strings: strings }));
+    let registration = Box::into_raw(Box::new(Registration {
+        bdev: bdev.into(),
+        device,
+        home,
+        handle: handle.clone(),
+        _strings: strings,
+    }));
     // SAFETY: the registration stays where it is until `channels_gone` frees it; its context is itself. When the bdev layer
     // refuses, the I/O device (which has no channel yet) is unregistered first.
     unsafe {
@@ -275,7 +289,11 @@ pub fn register<D: Bdev, M: Module>(module: &'static ModuleEntry<M>, device: Arc
                 io_channel::unregister(registration.cast(), free::<D>);
                 return Err(Error::new(
                     -rc,
-                    format!("cannot register the device {}: {} (its name or UUID is taken?)", description.name, reason(-rc)),
+                    format!(
+                        "cannot register the device {}: {} (its name or UUID is taken?)",
+                        description.name,
+                        reason(-rc)
+                    ),
                 ));
             }
         }

@@ -122,7 +122,8 @@ mod tests {
         let mut values: Vec<sys::spdk_json_val> = vec![unsafe { std::mem::zeroed() }; 256];
         let mut end = std::ptr::null_mut();
         // SAFETY: the buffers are live and their lengths given; flag 1 is SPDK_JSON_PARSE_FLAG_DECODE_IN_PLACE.
-        let n = unsafe { spdk_json_parse(bytes.as_mut_ptr().cast(), bytes.len(), values.as_mut_ptr(), 256, &mut end, 1) };
+        let n =
+            unsafe { spdk_json_parse(bytes.as_mut_ptr().cast(), bytes.len(), values.as_mut_ptr(), 256, &mut end, 1) };
         assert!(n > 0, "SPDK does not parse {text}: {n}");
         // SAFETY: a complete value was parsed.
         unsafe { to_value(values.as_ptr()) }

@@ -28,8 +28,11 @@ pub(super) unsafe extern "C" fn callback(
     let len = usize::try_from(wanted).unwrap_or(0).min(buffer.len() - 1);
     let text = String::from_utf8_lossy(&buffer[..len]);
     let text = text.trim_end();
-    // SAFETY: null or a C string that lives during the call.
-    let string = |s: *const c_char| if s.is_null() { "".into() } else { unsafe { CStr::from_ptr(s) }.to_string_lossy() };
+    let string = |s: *const c_char| match s.is_null() {
+        true => "".into(),
+        // SAFETY: a C string that lives during the call.
+        false => unsafe { CStr::from_ptr(s) }.to_string_lossy(),
+    };
     let (file, function) = (string(file), string(function));
     let place = format_args!("{file}:{line}");
     match severity {

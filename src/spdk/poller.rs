@@ -28,9 +28,8 @@ impl Poller {
         }
         let callback = NonNull::from(Box::leak(Box::new(Box::new(callback) as Callback)));
         // SAFETY: on an SPDK thread (else null comes back); the name is copied; the callback lives as said above.
-        let poller = unsafe {
-            sys::spdk_poller_register_named(Some(poll), callback.as_ptr().cast(), period_us, name.as_ptr())
-        };
+        let poller =
+            unsafe { sys::spdk_poller_register_named(Some(poll), callback.as_ptr().cast(), period_us, name.as_ptr()) };
         let this = Poller { poller, callback };
         if poller.is_null() { Err(libc::ENOMEM) } else { Ok(this) }
     }

@@ -73,7 +73,8 @@ unsafe extern "C" fn handle<M: Method>(request: *mut sys::spdk_jsonrpc_request, 
             match AssertUnwindSafe(M::call(params)).catch_unwind().await {
                 Ok(Ok(reply)) => pending.reply(&serde_json::to_value(reply).unwrap_or(Value::Null)),
                 Ok(Err(error)) => {
-                    tracing::warn!("{}: {error}", M::NAME.to_string_lossy());
+                    // Escaped: a file's name may hold line breaks, and must not be able to forge lines of the log.
+                    tracing::warn!("{}: {}", M::NAME.to_string_lossy(), error.message.escape_debug());
                     pending.refuse(-error.errno, &error.message);
                 }
                 Err(panic) => {

@@ -152,7 +152,8 @@ impl Target {
         self.ok("nvmf_subsystem_add_ns", json!({"nqn": nqn, "namespace": {"bdev_name": bdev}}));
         for _ in 0..50 {
             let port = free_port();
-            let address = json!({"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": port.to_string()});
+            let address =
+                json!({"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": port.to_string()});
             if self.call("nvmf_subsystem_add_listener", json!({"nqn": nqn, "listen_address": address})).is_ok() {
                 return (format!("127.0.0.1:{port}"), nqn);
             }

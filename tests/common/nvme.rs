@@ -137,7 +137,11 @@ impl Queue {
         fill(&mut sqe);
         let cid = self.send(sqe, data, true, 0)?;
         let (status, result, _) = self.wait(cid)?;
-        if status == (0, 0) { Ok(result) } else { Err(std::io::Error::other(format!("fabrics command {fctype}: {status:x?}"))) }
+        if status == (0, 0) {
+            Ok(result)
+        } else {
+            Err(std::io::Error::other(format!("fabrics command {fctype}: {status:x?}")))
+        }
     }
 
     fn join(&mut self, nqn: &str, qid: u16, cntlid: u16) -> std::io::Result<u16> {

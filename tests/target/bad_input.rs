@@ -55,7 +55,12 @@ fn files_that_cannot_be_attached() {
     refused(&target, with(Path::new(""), json!({})), libc::EINVAL, &["filename is empty"]);
 
     refused(&target, json!({"filename": file}), libc::EINVAL, &[shown, "not on Lustre", "allow_any_fs"]);
-    refused(&target, with(Path::new("/proc/version"), json!({"read_only": true})), libc::EINVAL, &["/proc/version", "O_DIRECT"]);
+    refused(
+        &target,
+        with(Path::new("/proc/version"), json!({"read_only": true})),
+        libc::EINVAL,
+        &["/proc/version", "O_DIRECT"],
+    );
     if Path::new("/dev/shm").is_dir() {
         let in_memory = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
         in_memory.as_file().set_len(MIB).unwrap();
@@ -73,7 +78,12 @@ fn files_that_cannot_be_attached() {
     refused(&target, with(&file, json!({"offset": 4 * MIB})), libc::EINVAL, &[shown, "past the file's end"]);
     refused(&target, with(&file, json!({"offset": 1u64 << 62})), libc::EINVAL, &[shown, "past the file's end"]);
     refused(&target, with(&file, json!({"size_limit": 4 * MIB + 1})), libc::EINVAL, &[shown, "over the file's end"]);
-    refused(&target, with(&file, json!({"offset": MIB, "size_limit": 4 * MIB})), libc::EINVAL, &[shown, "over the file's end"]);
+    refused(
+        &target,
+        with(&file, json!({"offset": MIB, "size_limit": 4 * MIB})),
+        libc::EINVAL,
+        &[shown, "over the file's end"],
+    );
     refused(&target, with(&file, json!({"block_size": 1000})), libc::EINVAL, &[shown, "512 or 4096"]);
     refused(&target, with(&file, json!({"name": ""})), libc::EINVAL, &["name"]);
     refused(&target, with(&file, json!({"engine": "uring"})), libc::EINVAL, &["uring"]);
@@ -138,7 +148,9 @@ fn names_and_numbers_of_devices() {
 
     // Two deletes in one breath: the second meets the first under way.
     let mut stream = std::os::unix::net::UnixStream::connect(&target.socket).unwrap();
-    let delete = |id| json!({"jsonrpc": "2.0", "id": id, "method": "bdev_lloop_delete", "params": {"name": "lloop1"}}).to_string();
+    let delete = |id| {
+        json!({"jsonrpc": "2.0", "id": id, "method": "bdev_lloop_delete", "params": {"name": "lloop1"}}).to_string()
+    };
     stream.write_all((delete(1) + &delete(2)).as_bytes()).unwrap();
     let mut text = String::new();
     let answers = loop {

@@ -51,7 +51,7 @@ fn load(nvme: &mut Nvme, model: &mut Model, serial: &mut u64) {
                 Err(_) => return,
             }
         }
-        if random % 4 == 0 {
+        if random.is_multiple_of(4) {
             let promised = model.completed.clone();
             match nvme.start_flush().and_then(|flight| nvme.finish(flight)) {
                 Ok(Ok(())) => model.flushed = promised,

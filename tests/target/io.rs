@@ -189,7 +189,10 @@ fn many_devices_do_not_mix_up_their_data() {
         let mut flights = Vec::new();
         for (nvme, _, i) in &mut devices {
             for k in 0..4 {
-                flights.push((*i, nvme.start_write(round * 16 + k * 4, &pattern(*i * 1000 + round * 4 + k, 16384)).unwrap()));
+                flights.push((
+                    *i,
+                    nvme.start_write(round * 16 + k * 4, &pattern(*i * 1000 + round * 4 + k, 16384)).unwrap(),
+                ));
             }
         }
         for (i, flight) in flights {
@@ -201,7 +204,10 @@ fn many_devices_do_not_mix_up_their_data() {
         for round in 0..32u64 {
             for k in 0..4 {
                 let at = ((round * 16 + k * 4) * 4096) as usize;
-                assert!(content[at..at + 16384] == pattern(i * 1000 + round * 4 + k, 16384), "device {i}, round {round}");
+                assert!(
+                    content[at..at + 16384] == pattern(i * 1000 + round * 4 + k, 16384),
+                    "device {i}, round {round}"
+                );
             }
         }
     }

@@ -19,7 +19,10 @@ fn every_method_does_what_it_says() {
     }
     let info = &bdev["driver_specific"]["lloop"];
     assert_eq!(info["filename"], file.to_str().unwrap());
-    assert_eq!((&info["state"], &info["engine"], &info["lock"]), (&json!("bound"), &json!("threads"), &json!("advisory")));
+    assert_eq!(
+        (&info["state"], &info["engine"], &info["lock"]),
+        (&json!("bound"), &json!("threads"), &json!("advisory"))
+    );
     assert_eq!((&info["read_only"], &info["offset"]), (&json!(false), &json!(0)));
     assert!(info["fs"].is_string() && info["inode"].is_u64());
 
@@ -98,7 +101,10 @@ fn a_saved_configuration_brings_everything_back() {
 
     let mut again = Target::start_with(&["--json", path.to_str().unwrap()]);
     assert_eq!(shown(&again), before);
-    assert_eq!(json!({"subsystems": [{"subsystem": "bdev", "config": again.ok("framework_get_config", json!({"name": "bdev"}))}]}), config);
+    assert_eq!(
+        json!({"subsystems": [{"subsystem": "bdev", "config": again.ok("framework_get_config", json!({"name": "bdev"}))}]}),
+        config
+    );
     again.stop();
 }
 
@@ -141,13 +147,17 @@ fn a_hundred_devices_under_io_leave_nothing_behind() {
     let file = target.image("a.img", 4 * MIB);
     // One round first: whatever is made once is there then.
     let round = |i: u64| {
-        let name = target.attach(&file, json!({"block_size": if i % 2 == 0 { 4096 } else { 512 }}));
+        let name = target.attach(&file, json!({"block_size": if i.is_multiple_of(2) { 4096 } else { 512 }}));
         assert_eq!(name, "lloop0");
         target.ok("bdev_lloop_delete", json!({"name": name}));
     };
-    let hugepages = || std::fs::read_dir("/dev/hugepages").map_or(0, |d| {
-        d.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(&format!("spdk_pid{}map", target.pid()))).count()
-    });
+    let hugepages = || {
+        std::fs::read_dir("/dev/hugepages").map_or(0, |d| {
+            d.flatten()
+                .filter(|e| e.file_name().to_string_lossy().starts_with(&format!("spdk_pid{}map", target.pid())))
+                .count()
+        })
+    };
     for i in 0..4 {
         round(i);
     }
@@ -217,7 +227,8 @@ fn the_kernel_drivers_own_test() {
     let input = folder.path().join("input");
     std::fs::write(&input, vec![0xd7; 1025 * 4096]).unwrap();
     let config = folder.path().join("config.json");
-    let create = json!({"method": "bdev_lloop_create", "params": {"filename": file, "name": "L0", "allow_any_fs": true}});
+    let create =
+        json!({"method": "bdev_lloop_create", "params": {"filename": file, "name": "L0", "allow_any_fs": true}});
     std::fs::write(&config, json!({"subsystems": [{"subsystem": "bdev", "config": [create]}]}).to_string()).unwrap();
     let dd = |count: &str| {
         let mut command = spdk_app("spdk_dd");
@@ -243,5 +254,11 @@ fn the_kernel_drivers_own_test() {
     assert_eq!(nvme.write(1024, &[1; 4096]).unwrap_err().0, (0, 0x80), "LBA out of range");
     assert_eq!(nvme.read(1024, 1).unwrap_err().0, (0, 0x80));
     assert_eq!(nvme.write(1023, &[1; 8192]).unwrap_err().0, (0, 0x80), "nor does a write that starts inside");
-    assert!(std::fs::read(&file).unwrap().chunks(4096).enumerate().all(|(lba, block)| block.iter().all(|&b| b == lba as u8)));
+    assert!(
+        std::fs::read(&file)
+            .unwrap()
+            .chunks(4096)
+            .enumerate()
+            .all(|(lba, block)| block.iter().all(|&b| b == lba as u8))
+    );
 }

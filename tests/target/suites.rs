@@ -73,7 +73,8 @@ fn bdevperf(folder: &Path, config: &Path, workload: &[&str]) -> String {
     for bad in ["ERROR", "error occurred", "mismatch", "inf", "nan", "nan IOPS"] {
         let lines: Vec<_> = output.lines().filter(|l| l.contains(bad) && !l.contains("initialized")).collect();
         // "inf" as a word only.
-        let lines: Vec<_> = lines.into_iter().filter(|l| bad.len() > 3 || l.split_whitespace().any(|w| w == bad)).collect();
+        let lines: Vec<_> =
+            lines.into_iter().filter(|l| bad.len() > 3 || l.split_whitespace().any(|w| w == bad)).collect();
         assert!(lines.is_empty(), "bdevperf {workload:?}: {lines:?}\n{output}");
     }
     output
@@ -87,7 +88,11 @@ fn bdevperf_verifies_what_it_wrote() {
         lloop(folder.path(), "L512", 64 * MIB, json!({"block_size": 512})),
     ];
     let config = config(folder.path(), &calls);
-    for workload in [["-w", "verify", "-q", "128", "-o", "4096"], ["-w", "verify", "-q", "32", "-o", "65536"], ["-w", "verify", "-q", "16", "-o", "20480"]] {
+    for workload in [
+        ["-w", "verify", "-q", "128", "-o", "4096"],
+        ["-w", "verify", "-q", "32", "-o", "65536"],
+        ["-w", "verify", "-q", "16", "-o", "20480"],
+    ] {
         let output = bdevperf(folder.path(), &config, &workload);
         assert!(output.contains("L4096") && output.contains("L512"), "{output}");
     }
