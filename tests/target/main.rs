@@ -8,4 +8,5 @@ mod cli;
 mod durability;
 mod io;
 mod life;
+mod scripts;
 mod suites;
