@@ -15,6 +15,7 @@ const PROBES: &[(&str, &str, &str)] = &[
     ("spdk_no_huge", "event.h", "no_huge"),
     ("spdk_lcore_map", "event.h", "lcore_map"),
     ("spdk_interrupt_mode", "event.h", "interrupt_mode"),
+    ("spdk_threads_move", "scheduler.h", "spdk_scheduler"),
     ("spdk_cpumask_locks", "event.h", "disable_cpumask_locks"),
     ("spdk_io_channel_struct_size", "thread.h", "define SPDK_IO_CHANNEL_STRUCT_SIZE"),
     ("spdk_bdev_bitfields", "bdev_module.h", "split_on_optimal_io_boundary : 1"),

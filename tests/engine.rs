@@ -1,10 +1,11 @@
 //! The engines on real files, without SPDK: results, errors, and a model that random overlapping I/O is checked against.
 
-use lloop::engine::{Answer, Lane, Op, Pool, PoolOptions, Port, Request, Target};
+use lloop::engine::{Answer, Lane, Op, Pool, PoolOptions, Port, Request, Target, Uring};
 use lloop::os::file::{DirectFile, OpenOptions};
 use lloop::os::iov::{IoVecs, LeakedBuffers};
-use lloop::os::queue::Placed;
+use lloop::os::queue::{List, Placed};
 use proptest::prelude::*;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,12 +13,47 @@ use std::time::Duration;
 const LIMIT: Duration = Duration::from_secs(20);
 
 struct Rig {
+    uring: Option<(Uring<u64>, u32)>,
     pool: Pool<u64>,
     lane: Option<Lane<u64>>,
     port: Option<Port<u64>>,
     path: std::path::PathBuf,
     _dir: tempfile::TempDir,
 }
+
+/// Makes a rig: [`Rig::new`]'s parameters.
+type Make = fn(u64, u32, usize, bool) -> Rig;
+
+fn threads(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool) -> Rig {
+    Rig::new(len_bytes, block_bytes, align_bytes, read_only)
+}
+
+fn uring(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool) -> Rig {
+    Rig::new(len_bytes, block_bytes, align_bytes, read_only).with_ring()
+}
+
+/// The same tests on every engine.
+macro_rules! on_every_engine {
+    ($($test:ident),* $(,)?) => {
+        mod on_threads {
+            $(#[test] fn $test() { super::$test(super::threads) })*
+        }
+        mod on_uring {
+            $(#[test] fn $test() { super::$test(super::uring) })*
+        }
+    };
+}
+
+on_every_engine!(
+    what_is_written_is_read,
+    memory_that_direct_io_does_not_take_is_bounced,
+    a_read_behind_a_shrunken_file_fails_and_says_so,
+    a_write_through_a_read_only_descriptor_fails,
+    a_full_filesystem_is_reported_as_such,
+    neighbours_are_merged_and_each_gets_its_own_result,
+    zeroes_and_holes,
+    a_thousand_flushes_and_writes_at_once,
+);
 
 /// A directory for test files: beside the build, because /tmp may be a tmpfs, which has no direct I/O.
 fn directory() -> tempfile::TempDir {
@@ -37,22 +73,42 @@ impl Rig {
         file.pretend_alignment(align_bytes);
         let pool = Pool::new(&PoolOptions { workers: 8, lane_limit: 8, ..PoolOptions::default() }).unwrap();
         let lane = pool.open_lane(Arc::new(Target::new(file, 0, block_bytes)));
-        Rig { port: Some(Port::new(&pool)), lane: Some(lane), pool, path, _dir: dir }
+        Rig { uring: None, port: Some(Port::new(&pool)), lane: Some(lane), pool, path, _dir: dir }
+    }
+
+    /// Sends what suits it through a ring, as a channel does.
+    fn with_ring(mut self) -> Self {
+        let mut ring = Uring::new(true, Vec::new()).unwrap();
+        let slot = ring.add_file(self.lane.as_ref().unwrap().target().file().as_fd()).unwrap();
+        self.uring = Some((ring, slot));
+        self
     }
 
     fn stage(&mut self, op: Op, offset: u64, len: u64, iovs: IoVecs, token: u64) {
         let lane = self.lane.as_ref().unwrap();
-        self.port.as_mut().unwrap().stage(Placed::on_heap(Request::new(op, lane, offset, len, iovs, token)));
+        let request = Placed::on_heap(Request::new(op, lane, offset, len, iovs, token));
+        match &mut self.uring {
+            Some((ring, slot)) if request.suits_a_ring() => ring.submit(request, *slot),
+            _ => self.port.as_mut().unwrap().stage(request),
+        }
     }
 
     fn wait(&mut self) -> Vec<Answer<u64>> {
         let port = self.port.as_mut().unwrap();
         let deadline = std::time::Instant::now() + LIMIT;
         let mut answers = Vec::new();
-        port.ring();
-        while port.in_flight() > 0 {
+        while port.in_flight() > 0 || self.uring.as_ref().is_some_and(|(ring, _)| !ring.is_idle()) {
             assert!(std::time::Instant::now() < deadline, "{} requests got no answer", port.in_flight());
             let mut list = port.reap();
+            if let Some((ring, _)) = &mut self.uring {
+                let mut again = List::default();
+                ring.enter();
+                ring.reap(&mut list, &mut again);
+                while let Some(request) = again.pop_front() {
+                    port.stage(request);
+                }
+            }
+            port.ring();
             while let Some(request) = list.pop_front() {
                 answers.push(Request::answer(request));
             }
@@ -71,6 +127,9 @@ impl Rig {
 impl Drop for Rig {
     fn drop(&mut self) {
         if !std::thread::panicking() {
+            if let Some((mut ring, slot)) = self.uring.take() {
+                ring.remove_file(slot);
+            }
             drop(self.port.take());
             self.pool.close_lane(self.lane.take().unwrap(), LIMIT).unwrap();
             self.pool.stop(LIMIT).unwrap();
@@ -78,9 +137,8 @@ impl Drop for Rig {
     }
 }
 
-#[test]
-fn what_is_written_is_read() {
-    let mut rig = Rig::new(1 << 20, 4096, 4096, false);
+fn what_is_written_is_read(rig: Make) {
+    let mut rig = rig(1 << 20, 4096, 4096, false);
     let data: Vec<u8> = (0..64 << 10).map(|i| (i / 7) as u8).collect();
     let out = LeakedBuffers::new(&[4096, 61440], 0, 0);
     out.set(&data);
@@ -91,9 +149,8 @@ fn what_is_written_is_read() {
     assert!(std::fs::read(&rig.path).unwrap()[8192..][..65536] == data);
 }
 
-#[test]
-fn memory_that_direct_io_does_not_take_is_bounced() {
-    let mut rig = Rig::new(8 << 20, 4096, 4096, false);
+fn memory_that_direct_io_does_not_take_is_bounced(rig: Make) {
+    let mut rig = rig(8 << 20, 4096, 4096, false);
     // Odd addresses and lengths, longer than a bounce buffer.
     let out = LeakedBuffers::new(&[3, 3 << 20, 4093], 1, 0);
     let data: Vec<u8> = (0..(3 << 20) + 4096).map(|i| (i / 13) as u8).collect();
@@ -104,9 +161,8 @@ fn memory_that_direct_io_does_not_take_is_bounced() {
     assert!(back.get() == data);
 }
 
-#[test]
-fn a_read_behind_a_shrunken_file_fails_and_says_so() {
-    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+fn a_read_behind_a_shrunken_file_fails_and_says_so(rig: Make) {
+    let mut rig = rig(1 << 20, 4096, 512, false);
     std::fs::File::options().write(true).open(&rig.path).unwrap().set_len(10_000).unwrap();
     let buffer = LeakedBuffers::new(&[8192], 0, 0);
     assert_eq!(rig.one(Op::Read, 0, 8192, buffer.iovs()), Ok(()));
@@ -116,27 +172,24 @@ fn a_read_behind_a_shrunken_file_fails_and_says_so() {
     assert_eq!(rig.lane.as_ref().unwrap().target().degraded(), Some(libc::EIO));
 }
 
-#[test]
-fn a_write_through_a_read_only_descriptor_fails() {
-    let mut rig = Rig::new(1 << 20, 4096, 512, true);
+fn a_write_through_a_read_only_descriptor_fails(rig: Make) {
+    let mut rig = rig(1 << 20, 4096, 512, true);
     let buffer = LeakedBuffers::new(&[4096], 0, 1);
     assert_eq!(rig.one(Op::Write, 0, 4096, buffer.iovs()), Err(libc::EBADF));
     assert_eq!(rig.one(Op::Read, 0, 4096, buffer.iovs()), Ok(()));
     assert!(!rig.lane.as_ref().unwrap().target().file().can_punch());
 }
 
-#[test]
-fn a_full_filesystem_is_reported_as_such() {
+fn a_full_filesystem_is_reported_as_such(rig: Make) {
     // A file size limit answers EFBIG where a full disk says ENOSPC: the same way back for any errno.
-    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+    let mut rig = rig(1 << 20, 4096, 512, false);
     let buffer = LeakedBuffers::new(&[4096], 0, 1);
     let behind_everything = (i64::MAX as u64 - (1 << 20)) & !4095;
     assert_eq!(rig.one(Op::Write, behind_everything, 4096, buffer.iovs()), Err(libc::EFBIG));
 }
 
-#[test]
-fn neighbours_are_merged_and_each_gets_its_own_result() {
-    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+fn neighbours_are_merged_and_each_gets_its_own_result(rig: Make) {
+    let mut rig = rig(1 << 20, 4096, 512, false);
     let len = 40 * 4096;
     std::fs::File::options().write(true).open(&rig.path).unwrap().set_len(len).unwrap();
     let buffers: Vec<_> = (0..64).map(|i| LeakedBuffers::new(&[4096], 0, i as u8 ^ 0x55)).collect();
@@ -159,9 +212,8 @@ fn neighbours_are_merged_and_each_gets_its_own_result() {
     }
 }
 
-#[test]
-fn zeroes_and_holes() {
-    let mut rig = Rig::new(1 << 20, 4096, 512, false);
+fn zeroes_and_holes(rig: Make) {
+    let mut rig = rig(1 << 20, 4096, 512, false);
     assert!(rig.lane.as_ref().unwrap().target().file().can_punch());
     let ones = LeakedBuffers::new(&[1 << 20], 0, 0xff);
     assert_eq!(rig.one(Op::Write, 0, 1 << 20, ones.iovs()), Ok(()));
@@ -179,9 +231,9 @@ fn zeroes_and_holes() {
     assert!(ones.get() == expected);
 }
 
-#[test]
-fn a_thousand_flushes_and_writes_at_once() {
-    let mut rig = Rig::new(4 << 20, 4096, 512, false);
+fn a_thousand_flushes_and_writes_at_once(rig: Make) {
+    let mut rig = rig(4 << 20, 4096, 512, false);
+    // (More than a ring has places.)
     let buffer = LeakedBuffers::new(&[4096], 0, 3);
     for i in 0..1000 {
         rig.stage(Op::Write, i % 1024 * 4096, 4096, buffer.iovs(), i);
@@ -258,9 +310,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 /// Runs the steps in waves: within a wave writes do not overlap each other, so the result is known; they do overlap in pages.
-fn against_a_model(steps: Vec<Step>, block_bytes: u64, align_bytes: usize) {
+fn against_a_model(make: Make, steps: Vec<Step>, block_bytes: u64, align_bytes: usize) {
     let len = 120 * block_bytes;
-    let mut rig = Rig::new(len.next_multiple_of(4096), block_bytes as u32, align_bytes, false);
+    let mut rig = make(len.next_multiple_of(4096), block_bytes as u32, align_bytes, false);
     let mut model = vec![0u8; len as usize];
     let mut wave: Vec<(u64, u64)> = Vec::new();
     let settle = |rig: &mut Rig, wave: &mut Vec<(u64, u64)>| {
@@ -304,16 +356,21 @@ proptest! {
 
     #[test]
     fn random_io_agrees_with_the_model_in_pages(steps in steps()) {
-        against_a_model(steps, 4096, 4096);
+        against_a_model(threads, steps, 4096, 4096);
     }
 
     #[test]
     fn random_io_agrees_with_the_model_in_parts_of_pages(steps in steps()) {
-        against_a_model(steps, 512, 4096);
+        against_a_model(threads, steps, 512, 4096);
+    }
+
+    #[test]
+    fn random_io_agrees_with_the_model_on_uring(steps in steps(), sectors: bool) {
+        against_a_model(uring, steps, if sectors { 512 } else { 4096 }, if sectors { 512 } else { 4096 });
     }
 
     #[test]
     fn random_io_agrees_with_the_model_in_sectors(steps in steps()) {
-        against_a_model(steps, 512, 512);
+        against_a_model(threads, steps, 512, 512);
     }
 }

@@ -11,8 +11,10 @@ pub mod stats;
 pub mod target;
 pub mod threads;
 pub mod transfer;
+pub mod uring;
 
 pub use port::Port;
 pub use request::{Answer, Op, Request};
 pub use target::Target;
 pub use threads::{Lane, Pool, PoolOptions};
+pub use uring::Uring;

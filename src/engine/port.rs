@@ -17,6 +17,8 @@ pub struct Port<T> {
     in_flight: usize,
     last_look: Ticks,
     last_picks: u64,
+    /// When picks were last seen to go on.
+    last_sign: Ticks,
 }
 
 impl<T: Send + 'static> Port<T> {
@@ -32,12 +34,16 @@ impl<T: Send + 'static> Port<T> {
             in_flight: 0,
             last_look: 0,
             last_picks: 0,
+            last_sign: 0,
         }
     }
 
     /// Takes a request in; the next [`Port::ring`] hands it over.
     pub fn stage(&mut self, mut request: Placed<Request<T>>) {
         request.port = self.id;
+        if self.in_flight == 0 {
+            self.last_sign = request.submitted;
+        }
         self.staged_slow |= request.target.slow();
         self.staged.push(request);
         self.in_flight += 1;
@@ -74,8 +80,9 @@ impl<T: Send + 'static> Port<T> {
         }
         self.last_look = now;
         let picks = self.pool.picks.load(Ordering::Relaxed);
-        if std::mem::replace(&mut self.last_picks, picks) == picks {
-            self.pool.help();
+        // The stall is as old as the newest sign of life; after help, the next one gets its time anew.
+        if std::mem::replace(&mut self.last_picks, picks) != picks || self.pool.help(now.wrapping_sub(self.last_sign)) {
+            self.last_sign = now;
         }
     }
 }

@@ -70,6 +70,13 @@ impl<T> Request<T> {
         }
     }
 
+    /// Whether it is a read or write that direct I/O takes as it is.
+    pub fn suits_a_ring(&self) -> bool {
+        let file = self.target.file();
+        matches!(self.op, Op::Read | Op::Write)
+            && self.iovs.is_aligned(file.memory_align_bytes(), file.offset_align_bytes())
+    }
+
     /// First byte behind the range.
     pub(super) fn end_bytes(&self) -> u64 {
         self.offset_bytes + self.len_bytes

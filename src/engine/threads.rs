@@ -28,6 +28,9 @@ use std::time::{Duration, Instant};
 const SPIN: Duration = Duration::from_micros(50);
 /// How long nothing may be picked up, with work there, before another worker is woken.
 const STALL: Duration = Duration::from_micros(20);
+/// The same when as many are active as there are processors for: then it is more likely that the scheduler has one of them wait
+/// for another than that all of them are stuck, and one more would make that worse.
+const CROWDED_STALL: Duration = Duration::from_micros(500);
 /// Calls longer than this make a lane a slow one.
 const SLOW: Duration = Duration::from_micros(50);
 
@@ -105,6 +108,7 @@ pub(super) struct Shared<T> {
     handles: Mutex<Vec<std::thread::JoinHandle<()>>>,
     reactor_cpus: Vec<u32>,
     pub(super) stall_ticks: Ticks,
+    crowded_stall_ticks: Ticks,
     spin_ticks: Ticks,
 }
 
@@ -133,7 +137,8 @@ impl<T> Lane<T> {
         &self.target
     }
 
-    pub(super) fn id(&self) -> u32 {
+    /// Its number in the pool.
+    pub fn id(&self) -> u32 {
         self.id
     }
 
@@ -174,6 +179,7 @@ impl<T: Send + 'static> Pool<T> {
             handles: Mutex::default(),
             reactor_cpus: options.reactor_cpus.clone(),
             stall_ticks: clock::to_ticks(STALL),
+            crowded_stall_ticks: clock::to_ticks(CROWDED_STALL),
             spin_ticks: clock::to_ticks(SPIN),
         });
         let supervisor = shared.clone();
@@ -304,11 +310,15 @@ impl<T> Shared<T> {
         }
     }
 
-    /// Called by ports that wait for answers while nothing is picked up.
-    pub(super) fn help(&self) {
-        if self.ready.load(Ordering::Relaxed) || !self.inbox.is_empty() {
+    /// Called by ports that wait for answers while nothing has been picked up for `stalled` ticks. Whether it did anything.
+    pub(super) fn help(&self, stalled: Ticks) -> bool {
+        let crowded = self.active.load(Ordering::Relaxed) >= self.budget;
+        let wanted = (!crowded || stalled >= self.crowded_stall_ticks)
+            && (self.ready.load(Ordering::Relaxed) || !self.inbox.is_empty());
+        if wanted {
             self.wake_one();
         }
+        wanted
     }
 
     fn wake_one(&self) {

@@ -2,12 +2,12 @@
 //! awaited.
 
 use super::channel::Token;
-use super::device::{Device, Facts};
-use super::options::{self, CreateParams, LockChoice, capacity_blocks};
+use super::device::{Device, Facts, THREADS, URING};
+use super::options::{self, CreateParams, EngineChoice, LockChoice, capacity_blocks};
 use super::state::State;
 use super::{Entry, MODULE, REGISTRY, pool};
-use crate::engine::{Lane, Target};
-use crate::error::{Error, Result};
+use crate::engine::{Lane, Target, Uring};
+use crate::error::{Error, Result, reason};
 use crate::os::file::{DirectFile, Identity, OpenOptions};
 use crate::os::lock;
 use crate::os::task::Blocking;
@@ -15,7 +15,10 @@ use crate::spdk::bdev::{self, BdevHandle, Description};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a detach waits for a device that is open, before it says so.
+const EXAMINE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Uses the table of names. Not across an await.
 fn with_entries<R>(f: impl FnOnce(&mut BTreeMap<String, Entry>) -> R) -> Result<R> {
@@ -184,10 +187,35 @@ fn prepare(file: DirectFile, params: &CreateParams) -> Result<(DirectFile, Facts
         lock,
         can_punch: file.can_punch(),
         align_bytes,
-        engine: ("threads", "the only one in this version".to_owned()),
+        engine: choose_engine(params, &file),
         uuid: params.uuid.unwrap_or_else(|| file.identity().uuid()),
     };
     Ok((file, facts, num_blocks))
+}
+
+/// Which engine the file gets, and why.
+fn choose_engine(params: &CreateParams, file: &DirectFile) -> (&'static str, String) {
+    let align_bytes = file.offset_align_bytes() as u64;
+    let impossible =
+        if !u64::from(params.block_size).is_multiple_of(align_bytes) || !params.offset.is_multiple_of(align_bytes) {
+            Some(format!("blocks are finer than the file's direct I/O of {align_bytes} bytes"))
+        } else if let Err(errno) = file.probe_nowait() {
+            Some(format!("the file has no non-blocking direct I/O ({})", reason(errno)))
+        } else if let Err(errno) = Uring::<Token>::probe() {
+            Some(format!("this kernel, or sandbox, has no io_uring ({})", reason(errno)))
+        } else {
+            None
+        };
+    match (params.engine, impossible) {
+        (EngineChoice::Threads, _) => (THREADS, "asked for".to_owned()),
+        (EngineChoice::Auto, None) => (URING, "the file does non-blocking direct I/O".to_owned()),
+        (EngineChoice::Uring, None) => (URING, "asked for".to_owned()),
+        (EngineChoice::Auto, Some(why)) => (THREADS, why),
+        (EngineChoice::Uring, Some(why)) => {
+            tracing::warn!("{}: engine uring was asked for, using threads: {why}", params.filename.display());
+            (THREADS, format!("uring was asked for, but {why}"))
+        }
+    }
 }
 
 fn find(name: &str) -> Result<(Arc<Device>, BdevHandle)> {
@@ -206,6 +234,12 @@ fn find(name: &str) -> Result<(Arc<Device>, BdevHandle)> {
 /// ENODEV; EBUSY when it is open and not forced, or on its way out already.
 pub async fn detach(name: &str, force: bool) -> Result<()> {
     let (device, handle) = find(name)?;
+    // Other modules look into every new device (for partitions, logical volumes): that is no use to refuse a detach for, and
+    // soon over.
+    let patience = Instant::now() + EXAMINE_PATIENCE;
+    while !force && handle.is_open() && !handle.is_unregistering() && Instant::now() < patience {
+        blocking()?.run(|| std::thread::sleep(Duration::from_millis(5))).await?;
+    }
     if handle.is_unregistering() || device.state() != State::Bound {
         return Err(Error::new(libc::EBUSY, format!("{name} is being detached already")));
     }

@@ -3,16 +3,20 @@
 use super::device::Shared;
 use super::state;
 use crate::engine::stats::Counters;
-use crate::engine::{Lane, Op, Port, Request};
+use crate::engine::uring::Ages;
+use crate::engine::{Lane, Op, Port, Request, Uring};
 use crate::os::clock::{self, Ticks};
 use crate::os::iov::IoVecs;
+use crate::os::queue::List;
 use crate::spdk::bdev_io::{BdevIo, Completion, Parked};
 use crate::spdk::io_channel::{PerThread, PerThreadKind, PerThreadRef};
 use crate::spdk::poller::Poller;
+use crate::spdk::thread;
 use std::cell::RefCell;
 use std::ffi::CStr;
+use std::os::fd::AsFd;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// What comes back with an answer.
 pub struct Token {
@@ -32,6 +36,8 @@ pub struct Group {
 
 struct Inner {
     port: RefCell<Port<Token>>,
+    /// Made when the first device wants it.
+    ring: RefCell<Option<Uring<Token>>>,
     resets: RefCell<Vec<Reset>>,
 }
 
@@ -47,7 +53,11 @@ impl PerThread for Group {
 
     fn create() -> Result<Self, i32> {
         let pool = super::pool().ok_or(libc::ENODEV)?;
-        let inner = Rc::new(Inner { port: RefCell::new(Port::new(&pool)), resets: RefCell::default() });
+        let inner = Rc::new(Inner {
+            port: RefCell::new(Port::new(&pool)),
+            ring: RefCell::default(),
+            resets: RefCell::default(),
+        });
         let polled = inner.clone();
         Ok(Group { _poller: Poller::register(c"lloop", 0, move || polled.poll())?, inner })
     }
@@ -58,6 +68,13 @@ impl Inner {
     fn poll(&self) -> bool {
         // The borrow ends before the first completion, whose owner may submit again at once.
         let mut answers = self.port.borrow_mut().reap();
+        if let Some(ring) = self.ring.borrow_mut().as_mut() {
+            let mut again = List::default();
+            ring.reap(&mut answers, &mut again);
+            while let Some(request) = again.pop_front() {
+                self.port.borrow_mut().stage(request);
+            }
+        }
         let busy = !answers.is_empty();
         if busy {
             let now = clock::now();
@@ -68,8 +85,34 @@ impl Inner {
                 answer.token.io.resume().complete(state::completion(answer.op, answer.result));
             }
         }
+        if let Some(ring) = self.ring.borrow_mut().as_mut() {
+            ring.enter();
+        }
         self.port.borrow_mut().ring();
         busy | self.poll_resets()
+    }
+
+    /// Registers a file with this thread's ring; its slot, or `None` when there is no ring or no slot.
+    fn register(&self, lane: &Lane<Token>) -> Option<u32> {
+        let mut ring = self.ring.borrow_mut();
+        if ring.is_none() {
+            match Uring::new(thread::STAYS_ON_ITS_CORE, thread::reactor_cpus()) {
+                Ok(new) => {
+                    tracing::info!("io_uring: {:?}", new.features());
+                    let mut all = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
+                    all.retain(|ages| ages.strong_count() > 0);
+                    all.push(Arc::downgrade(new.ages()));
+                    *ring = Some(new);
+                }
+                Err(errno) => {
+                    tracing::warn!(
+                        "no io_uring on this thread ({}); using worker threads",
+                        crate::error::reason(errno)
+                    );
+                }
+            }
+        }
+        ring.as_mut()?.add_file(lane.target().file().as_fd())
     }
 
     fn poll_resets(&self) -> bool {
@@ -94,10 +137,21 @@ impl Inner {
     }
 }
 
+/// The rings of all threads, for statistics.
+static RINGS: Mutex<Vec<Weak<Ages>>> = Mutex::new(Vec::new());
+
+/// When the oldest I/O of a lane that the kernel has by way of a ring was submitted.
+pub fn oldest_in_rings(lane: &Lane<Token>) -> Option<Ticks> {
+    let rings = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
+    rings.iter().filter_map(|ages| ages.upgrade()?.oldest(lane.id())).min()
+}
+
 /// A device on a thread.
 pub struct Channel {
     group: PerThreadRef<Group>,
     lane: Arc<Lane<Token>>,
+    /// The device's place in this thread's ring, when it uses that.
+    slot: Option<u32>,
     counters: Arc<Counters>,
     device: Arc<Shared>,
 }
@@ -107,9 +161,11 @@ impl Channel {
     ///
     /// # Errors
     /// ENODEV when the device is on its way out, ENOMEM.
-    pub fn open(device: &Arc<Shared>) -> Result<Self, i32> {
+    pub fn open(device: &Arc<Shared>, uring: bool) -> Result<Self, i32> {
         let lane = device.lane().ok_or(libc::ENODEV)?;
-        Ok(Channel { group: GROUPS.get()?, lane, counters: device.take_counters(), device: device.clone() })
+        let group = GROUPS.get()?;
+        let slot = if uring { group.inner.register(&lane) } else { None };
+        Ok(Channel { group, lane, slot, counters: device.take_counters(), device: device.clone() })
     }
 
     /// Stages an I/O; the group's next poll hands it over.
@@ -119,7 +175,14 @@ impl Channel {
         self.counters.submitted();
         let request = io
             .park(|io| Request::new(op, &self.lane, offset, len, iovs, Token { io, counters: self.counters.clone() }));
-        self.group.inner.port.borrow_mut().stage(request);
+        if let Some(slot) = self.slot
+            && request.suits_a_ring()
+            && let Some(ring) = self.group.inner.ring.borrow_mut().as_mut()
+        {
+            ring.submit(request, slot);
+        } else {
+            self.group.inner.port.borrow_mut().stage(request);
+        }
     }
 
     /// Counts and ends an I/O that is refused.
@@ -139,6 +202,9 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
+        if let (Some(slot), Some(ring)) = (self.slot, self.group.inner.ring.borrow_mut().as_mut()) {
+            ring.remove_file(slot);
+        }
         self.device.return_counters(&self.counters);
     }
 }

@@ -1,6 +1,6 @@
 //! A device: what the bdev layer calls, and what is known about the file behind it.
 
-use super::channel::{Channel, Token};
+use super::channel::{Channel, Token, oldest_in_rings};
 use super::options::CreateParams;
 use super::state::{State, StateCell};
 use crate::engine::stats::{self, Counters, OPS};
@@ -56,6 +56,11 @@ impl Shared {
         lock(&self.counters).iter().fold(0, |sum, (c, _)| sum.wrapping_add(c.in_flight()))
     }
 }
+
+/// The engines' names.
+pub const THREADS: &str = "threads";
+/// The engines' names.
+pub const URING: &str = "uring";
 
 /// A device that is attached.
 pub struct Device {
@@ -156,7 +161,9 @@ impl Device {
                 }),
             );
         }
-        let (load, oldest) = self.shared.lane().map(|lane| lane.load()).unwrap_or_default();
+        let lane = self.shared.lane();
+        let (load, oldest) = lane.as_ref().map(|lane| lane.load()).unwrap_or_default();
+        let oldest = oldest.into_iter().chain(lane.and_then(|lane| oldest_in_rings(&lane))).min();
         let age_us = oldest.map(|submitted| clock::to_nanos(clock::now().saturating_sub(submitted)) / 1000);
         json!({
             "name": self.shared.name,
@@ -194,7 +201,7 @@ impl Bdev for Device {
     }
 
     fn open_channel(&self) -> Result<Channel, i32> {
-        Channel::open(&self.shared)
+        Channel::open(&self.shared, self.facts.engine.0 == URING)
     }
 
     fn submit(&self, channel: &Channel, io: BdevIo) {

@@ -182,9 +182,6 @@ impl CreateParams {
         if self.lock == Some(LockChoice::Group) || self.group_id.is_some() {
             return refuse("group locks are not in this version; use lock advisory or off".into());
         }
-        if self.engine == EngineChoice::Uring {
-            return refuse("the uring engine is not in this version; use engine auto or threads".into());
-        }
         Ok(())
     }
 }

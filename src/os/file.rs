@@ -234,6 +234,25 @@ impl DirectFile {
         })
     }
 
+    /// Whether reads can be asked not to block: what io_uring needs to work without helper threads. Tried out.
+    ///
+    /// # Errors
+    /// The errno that says no: EOPNOTSUPP on Lustre and FUSE, for example.
+    pub fn probe_nowait(&self) -> Result<(), i32> {
+        let mut buffer = BounceBuffer::new(self.offset_align_bytes).map_err(|_| libc::ENOMEM)?;
+        let mut iovs = IovList::default();
+        iovs.push_slice(buffer.as_mut_slice());
+        let (first, count) = iovs.raw();
+        let read = retry_interrupted(|| {
+            // SAFETY: the list describes the live buffer.
+            unsafe { libc::preadv2(self.fd.as_raw_fd(), first, count, 0, libc::RWF_NOWAIT) }
+        });
+        match read {
+            Ok(_) | Err(libc::EAGAIN) => Ok(()),
+            Err(errno) => Err(errno),
+        }
+    }
+
     /// Makes what was written, and the metadata needed to find it, durable. Blocks.
     ///
     /// # Errors

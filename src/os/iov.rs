@@ -32,7 +32,7 @@ impl IoVecs {
         IoVecs { first, count }
     }
 
-    fn segments(&self) -> &[libc::iovec] {
+    pub(super) fn segments(&self) -> &[libc::iovec] {
         if self.count == 0 {
             return &[];
         }

@@ -9,6 +9,7 @@ pub mod iov;
 pub mod lock;
 pub mod lustre;
 pub mod queue;
+pub mod ring;
 pub mod task;
 pub mod thread;
 

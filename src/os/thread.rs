@@ -5,11 +5,34 @@
 /// A thread inherits the affinity of the one that starts it, and reactors are pinned to one core each: a worker that kept
 /// that would compete with the reactor that never sleeps.
 pub fn run_anywhere_but(excluded: &[u32]) {
-    let cpus = online_cpus();
-    let allowed: Vec<u32> = cpus.iter().copied().filter(|cpu| !excluded.contains(cpu)).collect();
     // The kernel intersects with the cgroup's cpuset and refuses an empty result: then the wider set is tried.
-    if allowed.is_empty() || !set_affinity(&allowed) {
-        set_affinity(&cpus);
+    if !set_affinity(&CpuSet::but(excluded)) {
+        set_affinity(&CpuSet::but(&[]));
+    }
+}
+
+/// A set of processors as the kernel takes it.
+pub(super) struct CpuSet(libc::cpu_set_t);
+
+impl CpuSet {
+    /// Every processor that is online but those in `excluded`, or all when nothing else is left.
+    pub(super) fn but(excluded: &[u32]) -> Self {
+        let online = online_cpus();
+        let rest: Vec<u32> = online.iter().copied().filter(|cpu| !excluded.contains(cpu)).collect();
+        // SAFETY: an all-zero cpu_set_t is the empty set.
+        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        for &cpu in if rest.is_empty() { &online } else { &rest } {
+            if cpu < libc::CPU_SETSIZE as u32 {
+                // SAFETY: the index was checked against the set's size.
+                unsafe { libc::CPU_SET(cpu as usize, &mut set) };
+            }
+        }
+        CpuSet(set)
+    }
+
+    /// The kernel's form.
+    pub(super) fn raw(&self) -> &libc::cpu_set_t {
+        &self.0
     }
 }
 
@@ -22,15 +45,9 @@ fn online_cpus() -> Vec<u32> {
     parse_cpu_list(&std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default())
 }
 
-fn set_affinity(cpus: &[u32]) -> bool {
-    // SAFETY: an all-zero cpu_set_t is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    for &cpu in cpus.iter().filter(|&&cpu| cpu < libc::CPU_SETSIZE as u32) {
-        // SAFETY: the index was checked against the set's size.
-        unsafe { libc::CPU_SET(cpu as usize, &mut set) };
-    }
+fn set_affinity(set: &CpuSet) -> bool {
     // SAFETY: 0 is the calling thread; the set is live and its size is given.
-    unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) == 0 }
+    unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), set.raw()) == 0 }
 }
 
 /// Parses the kernel's list format: `0-3,8,10-11`.

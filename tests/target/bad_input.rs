@@ -86,7 +86,6 @@ fn files_that_cannot_be_attached() {
     );
     refused(&target, with(&file, json!({"block_size": 1000})), libc::EINVAL, &[shown, "512 or 4096"]);
     refused(&target, with(&file, json!({"name": ""})), libc::EINVAL, &["name"]);
-    refused(&target, with(&file, json!({"engine": "uring"})), libc::EINVAL, &["uring"]);
     refused(&target, with(&file, json!({"lock": "group"})), libc::EINVAL, &["group"]);
 
     // After all that the file can still be attached: nothing holds a lock on it.

@@ -51,7 +51,7 @@ fn a_day_with_the_command_line() {
     let json: Value = serde_json::from_str(&ok(&target, &["list", "--json"])).unwrap();
     assert!(json.to_string().contains("lloop0"));
     let info = ok(&target, &["info", "lloop0"]);
-    for word in [shown, "threads", "advisory", "bound"] {
+    for word in [shown, "engine", "advisory", "bound"] {
         assert!(info.contains(word), "{info}");
     }
     assert!(ok(&target, &["resize", "lloop0", "128M"]).contains("128") || target.bdev("lloop0")["num_blocks"] == 32768);

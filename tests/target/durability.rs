@@ -70,7 +70,7 @@ fn what_was_flushed_survives_kill_9() {
     let mut serial = 0;
     for round in 0..4 {
         let mut target = Target::start();
-        let name = target.attach(&file, json!({}));
+        let name = target.attach(&file, json!({"engine": if round == 1 { "threads" } else { "uring" }}));
         let mut nvme = target.connect(&name);
         // What the rounds before promised is there, seen through the device.
         for lba in 0..BLOCKS {

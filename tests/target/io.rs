@@ -18,10 +18,13 @@ fn pattern(seed: u64, len: usize) -> Vec<u8> {
 
 #[test]
 fn data_goes_to_its_place_in_the_file() {
-    for (block, offset) in [(4096u64, 0u64), (4096, 8192), (512, 0), (512, 1536)] {
+    for (block, offset, engine) in
+        [(4096u64, 0u64, "uring"), (4096, 8192, "threads"), (512, 0, "uring"), (512, 1536, "threads")]
+    {
         let target = Target::start();
         let file = target.image("a.img", 8 * MIB);
-        let name = target.attach(&file, json!({"block_size": block, "offset": offset}));
+        let name = target.attach(&file, json!({"block_size": block, "offset": offset, "engine": engine}));
+        assert_eq!(target.bdev(&name)["driver_specific"]["lloop"]["engine"], engine);
         let mut nvme = target.connect(&name);
         let mut model = vec![0u8; 8 * MIB as usize];
         for (i, (lba, blocks)) in [(0u64, 1usize), (1, 3), (7, 8), (100, 32), (33, 5)].into_iter().enumerate() {

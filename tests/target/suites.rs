@@ -40,8 +40,10 @@ fn bdevio(folder: &Path, config: &Path, devices: usize) {
 fn bdevio_passes() {
     let folder = folder();
     let calls = [
-        lloop(folder.path(), "L4096", 64 * MIB, json!({})),
-        lloop(folder.path(), "L512", 64 * MIB, json!({"block_size": 512})),
+        lloop(folder.path(), "Luring4096", 64 * MIB, json!({"engine": "uring"})),
+        lloop(folder.path(), "Lthreads4096", 64 * MIB, json!({"engine": "threads"})),
+        lloop(folder.path(), "Luring512", 64 * MIB, json!({"block_size": 512, "engine": "uring"})),
+        lloop(folder.path(), "Lthreads512", 64 * MIB, json!({"block_size": 512, "engine": "threads"})),
         lloop(folder.path(), "Loffset", 64 * MIB, json!({"block_size": 512, "offset": 1536})),
         lloop(folder.path(), "Lplain", 64 * MIB, json!({"discard": false})),
     ];
@@ -53,9 +55,9 @@ fn bdevio_passes_through_nvme_tcp() {
     let target = Target::start();
     let folder = folder();
     let mut calls = Vec::new();
-    for block in [4096, 512] {
+    for (block, engine) in [(4096, "uring"), (512, "threads")] {
         let file = target.image(&format!("{block}.img"), 64 * MIB);
-        let name = target.attach(&file, json!({"block_size": block}));
+        let name = target.attach(&file, json!({"block_size": block, "engine": engine}));
         let (address, nqn) = target.export(&name);
         let (host, port) = address.rsplit_once(':').unwrap();
         let params = json!({"name": format!("N{block}"), "trtype": "TCP", "adrfam": "IPv4", "traddr": host, "trsvcid": port, "subnqn": nqn});
@@ -84,8 +86,10 @@ fn bdevperf(folder: &Path, config: &Path, workload: &[&str]) -> String {
 fn bdevperf_verifies_what_it_wrote() {
     let folder = folder();
     let calls = [
-        lloop(folder.path(), "L4096", 64 * MIB, json!({})),
-        lloop(folder.path(), "L512", 64 * MIB, json!({"block_size": 512})),
+        lloop(folder.path(), "L4096", 64 * MIB, json!({"engine": "threads"})),
+        lloop(folder.path(), "L512", 64 * MIB, json!({"block_size": 512, "engine": "threads"})),
+        lloop(folder.path(), "R4096", 64 * MIB, json!({"engine": "uring"})),
+        lloop(folder.path(), "R512", 64 * MIB, json!({"block_size": 512, "engine": "uring"})),
     ];
     let config = config(folder.path(), &calls);
     for workload in [
@@ -94,14 +98,20 @@ fn bdevperf_verifies_what_it_wrote() {
         ["-w", "verify", "-q", "16", "-o", "20480"],
     ] {
         let output = bdevperf(folder.path(), &config, &workload);
-        assert!(output.contains("L4096") && output.contains("L512"), "{output}");
+        for name in ["L4096", "L512", "R4096", "R512"] {
+            assert!(output.contains(name), "{output}");
+        }
     }
 }
 
 #[test]
 fn bdevperf_does_everything_else() {
     let folder = folder();
-    let config = config(folder.path(), &[lloop(folder.path(), "L", 64 * MIB, json!({}))]);
+    let calls = [
+        lloop(folder.path(), "L", 64 * MIB, json!({"engine": "threads"})),
+        lloop(folder.path(), "R", 64 * MIB, json!({"engine": "uring"})),
+    ];
+    let config = config(folder.path(), &calls);
     for workload in ["write_zeroes", "unmap", "flush", "reset", "randrw"] {
         let mut arguments = vec!["-w", workload, "-q", "32", "-o", "4096"];
         if workload == "randrw" {
