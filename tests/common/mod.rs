@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 pub mod nvme;
+pub mod slow;
 
 use serde_json::{Value, json};
 use std::io::{Read, Write};

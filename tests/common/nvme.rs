@@ -197,10 +197,11 @@ impl Nvme {
         if status == (0, 0) { Ok(back) } else { Err(Failed(status)) }
     }
 
-    /// Starts a write.
+    /// Starts a write. A page goes along with the command (SPDK's default for I/O queues); more is sent when the controller asks
+    /// for it, which is noticed in waiting for an answer.
     pub fn start_write(&mut self, lba: u64, data: &[u8]) -> std::io::Result<InFlight> {
         let sqe = self.command(0x01, lba, data.len() / self.block_bytes);
-        self.io.send(sqe, data.to_vec(), false, 0).map(InFlight)
+        self.io.send(sqe, data.to_vec(), data.len() <= 4096, 0).map(InFlight)
     }
 
     /// Starts a flush.

@@ -10,8 +10,12 @@ use std::process::Command;
 const MIB: u64 = 1 << 20;
 
 /// What must be as before when a call was refused.
+///
+/// (Without rings: while other modules look into a device that was just attached, there is one for them.)
 fn traces(target: &Target) -> (Vec<String>, Vec<String>) {
-    (target.descriptors(), target.names())
+    let mut descriptors = target.descriptors();
+    descriptors.retain(|d| !d.starts_with("anon_inode:"));
+    (descriptors, target.names())
 }
 
 /// Calls create with `params` and checks that it is refused and leaves nothing behind.

@@ -9,4 +9,5 @@ mod durability;
 mod io;
 mod life;
 mod scripts;
+mod slow;
 mod suites;
