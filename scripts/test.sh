@@ -16,6 +16,11 @@ if [ $# -eq 0 ]; then
 	quietly "linting" "$CARGO_TARGET_DIR/clippy.log" cargo clippy --locked --all-targets -- -D warnings
 fi
 say "testing with SPDK v$(spdk_version "$SPDK_DIR") ($SPDK_DIR)"
+if [ $# -eq 0 ]; then
+	# The lock-free parts under every order of events, in a build of their own.
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$CARGO_TARGET_DIR/loom \
+		cargo test --locked --release --no-default-features --lib loom_
+fi
 # Each test that starts a target has its own socket, hugepage files and folder; two at a time is what two cores and 2 GiB of
 # hugepages carry.
 cargo test --locked --no-fail-fast "$@" -- --test-threads=2

@@ -138,6 +138,7 @@ pub async fn attach(mut params: CreateParams) -> Result<String> {
         block_bytes: params.block_size,
         physical_block_bytes: params.block_size.max(4096),
         num_blocks,
+        memory_align_bytes: facts.align_bytes.1 as u32,
         optimal_io_boundary_blocks: 0,
         write_cache: true,
         uuid: facts.uuid,

@@ -4,14 +4,14 @@
 //! announced waiters. Both sides separate their two steps with a sequentially consistent fence, so at least one of them sees
 //! the other: no wake-up is lost, and a notifier that finds nobody waiting makes no system call.
 
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use super::sync::{AtomicU32, Futex, Ordering, fence};
 use std::time::Duration;
 
 /// Something to wait for, without a lock.
 #[repr(align(128))]
 #[derive(Default)]
 pub struct Event {
-    sequence: AtomicU32,
+    sequence: Futex,
     waiters: AtomicU32,
 }
 
@@ -22,7 +22,7 @@ pub struct Announced(u32);
 impl Event {
     /// Announces that the caller is about to wait. It must look for work after this and before [`Event::wait`].
     pub fn announce(&self) -> Announced {
-        let key = self.sequence.load(Ordering::Acquire);
+        let key = self.sequence.word().load(Ordering::Acquire);
         self.waiters.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         Announced(key)
@@ -35,21 +35,7 @@ impl Event {
 
     /// Sleeps until notified (since the announcement) or until `timeout` is over. May return early.
     pub fn wait(&self, announced: Announced, timeout: Option<Duration>) {
-        let timespec = timeout.map(|t| libc::timespec {
-            tv_sec: t.as_secs().min(i32::MAX as u64) as libc::time_t,
-            tv_nsec: t.subsec_nanos().into(),
-        });
-        let timeout_ptr = timespec.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-        // SAFETY: the word outlives the call; the kernel reads it and the time-out, which is null or points to a live value.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                self.sequence.as_ptr(),
-                libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG,
-                announced.0,
-                timeout_ptr,
-            );
-        }
+        self.sequence.wait(announced.0, timeout);
         self.waiters.fetch_sub(1, Ordering::Relaxed);
     }
 
@@ -73,16 +59,13 @@ impl Event {
         if self.waiters() == 0 {
             return false;
         }
-        self.sequence.fetch_add(1, Ordering::Release);
-        // SAFETY: the word outlives the call; waking touches nothing else.
-        unsafe {
-            libc::syscall(libc::SYS_futex, self.sequence.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, count);
-        }
+        self.sequence.word().fetch_add(1, Ordering::Release);
+        self.sequence.wake(count);
         true
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::Arc;

@@ -10,6 +10,7 @@ pub mod lock;
 pub mod lustre;
 pub mod queue;
 pub mod ring;
+pub mod sync;
 pub mod task;
 pub mod thread;
 

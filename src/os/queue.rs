@@ -8,11 +8,11 @@
 //! consumer takes everything with one swap. There is no ABA problem, because no producer looks behind the head it replaces
 //! and the consumer leaves nothing behind. It has no capacity either: what bounds it is the number of requests in being.
 
+use super::sync::{AtomicPtr, Ordering};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// Where a value and its link lie: reserve this much for a [`Placed`].
 #[repr(C)]
@@ -323,7 +323,7 @@ impl<T> Drop for Inbox<T> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::Arc;

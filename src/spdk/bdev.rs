@@ -60,6 +60,8 @@ pub struct Description {
     pub physical_block_bytes: u32,
     /// Capacity in blocks.
     pub num_blocks: u64,
+    /// I/O does best from memory at multiples of this many bytes, a power of two; other memory works as well.
+    pub memory_align_bytes: u32,
     /// I/O does best within multiples of this many blocks; 0 for no preference. The bdev layer does not split there.
     pub optimal_io_boundary_blocks: u32,
     /// Completed writes may be lost before a flush.
@@ -166,8 +168,7 @@ unsafe fn submit_ready<D: Bdev>(channel: *mut sys::spdk_io_channel, io: *mut sys
 unsafe extern "C" fn supports<D: Bdev>(context: *mut c_void, io_type: sys::spdk_bdev_io_type::Type) -> bool {
     // SAFETY: SPDK passes the bdev's context.
     let registration = unsafe { registration::<D>(context) };
-    IoType::from_raw(io_type)
-        .is_some_and(|io_type| guard("io_type_supported", || registration.device.supports(io_type)) == Some(true))
+    IoType::from_raw(io_type).is_some_and(|io_type| registration.device.supports(io_type))
 }
 
 unsafe extern "C" fn get_io_channel(context: *mut c_void) -> *mut sys::spdk_io_channel {
@@ -254,7 +255,8 @@ pub fn register<D: Bdev, M: Module>(
     bdev.write_cache = description.write_cache.into();
     bdev.blocklen = description.block_bytes;
     bdev.blockcnt = description.num_blocks;
-    // Alignment 0: we take any memory. With more the bdev layer would cut I/O up and copy it (facts/spdk.md, trap 1).
+    // Alignment 0 while it is registered: with more the bdev layer would limit I/O to what it could copy (64 KiB in v20.07), and
+    // we take any memory.
     bdev.required_alignment = 0;
     bdev.optimal_io_boundary = description.optimal_io_boundary_blocks;
     compat::bdev_set_split_on_optimal_io_boundary(&mut bdev, false);
@@ -280,7 +282,11 @@ pub fn register<D: Bdev, M: Module>(
         (*bdev).ctxt = registration.cast();
         io_channel::register(registration, &(*registration)._strings.0);
         match sys::spdk_bdev_register(bdev) {
-            0 => handle.bdev.set(bdev),
+            0 => {
+                // Now it is only advice: whoever allocates buffers for this bdev aligns them, and nothing has to be copied.
+                (*bdev).required_alignment = description.memory_align_bytes.max(1).ilog2() as u8;
+                handle.bdev.set(bdev);
+            }
             rc => {
                 extern "C" fn free<D>(registration: *mut c_void) {
                     // SAFETY: made above, and this is its only other owner's end.
