@@ -8,10 +8,12 @@ pub mod rpc;
 pub mod state;
 
 use crate::engine::{Pool, PoolOptions};
-use crate::os::clock;
+use crate::error::{Error, Result};
 use crate::os::file::Identity;
 use crate::os::task::Blocking;
+use crate::os::{clock, ring};
 use crate::spdk::bdev::{self, BdevHandle, FiniDone};
+use crate::spdk::memory::MemoryWatch;
 use crate::spdk::thread::{self, Owned};
 use channel::{GROUPS, Token};
 use device::Device;
@@ -48,6 +50,8 @@ enum Entry {
 struct Registry {
     entries: RefCell<BTreeMap<String, Entry>>,
     blocking: Blocking,
+    /// Tells the rings of memory that goes away.
+    _memory: MemoryWatch,
 }
 
 static REGISTRY: Owned<Registry> = Owned::new();
@@ -67,7 +71,7 @@ impl bdev::Module for Lloop {
     const NAME: &'static CStr = c"lloop";
 
     fn init() -> Result<(), i32> {
-        let start = || -> crate::error::Result<()> {
+        let start = || -> Result<()> {
             let reactor_cpus = thread::reactor_cpus();
             clock::ticks_hz();
             let options = options::current();
@@ -79,7 +83,8 @@ impl bdev::Module for Lloop {
             })?;
             *POOL.lock().unwrap_or_else(PoisonError::into_inner) = Some(pool);
             let blocking = Blocking::new(reactor_cpus)?;
-            REGISTRY.put(Registry { entries: RefCell::default(), blocking });
+            let memory = MemoryWatch::new(ring::forget_memory).map_err(|e| Error::os(e, "watching SPDK's memory"))?;
+            REGISTRY.put(Registry { entries: RefCell::default(), blocking, _memory: memory });
             GROUPS.register();
             Ok(())
         };

@@ -5,6 +5,7 @@ use super::iov::IoVecs;
 use super::thread::CpuSet;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// Slots for registered files.
 const FILES: u32 = 512;
@@ -12,6 +13,20 @@ const FILES: u32 = 512;
 const MAX_BUFFER_BYTES: usize = 1 << 30;
 /// And we register at most so many.
 const MAX_BUFFERS: usize = 256;
+
+/// What any ring has registered lies between these two addresses.
+static REGISTERED: (AtomicUsize, AtomicUsize) = (AtomicUsize::new(usize::MAX), AtomicUsize::new(0));
+/// Counts how often something of that was given back to the system.
+static FORGOTTEN: AtomicU64 = AtomicU64::new(0);
+
+/// To be called before memory that may be registered is unmapped: other memory can appear at the same addresses later, while the
+/// kernel would still move data to and from the old. From then on the rings there are use all memory unregistered.
+pub fn forget_memory(start: usize, len_bytes: usize) {
+    let (low, high) = (REGISTERED.0.load(Ordering::SeqCst), REGISTERED.1.load(Ordering::SeqCst));
+    if start < high && start.saturating_add(len_bytes) > low {
+        FORGOTTEN.fetch_add(1, Ordering::SeqCst);
+    }
+}
 
 /// How a ring may be set up.
 #[derive(Debug, Clone)]
@@ -46,6 +61,8 @@ pub struct Ring {
     ring: IoUring,
     in_flight: u32,
     buffers: Vec<(usize, usize)>,
+    /// [`FORGOTTEN`] when the buffers were registered.
+    forgotten: u64,
     features: Features,
 }
 
@@ -80,7 +97,7 @@ impl Ring {
             }
         };
         let ring = ring.map_err(|e| e.raw_os_error().unwrap_or(libc::ENOSYS))?;
-        let mut this = Ring { ring, in_flight: 0, buffers: Vec::new(), features: Features::default() };
+        let mut this = Ring { ring, in_flight: 0, buffers: Vec::new(), forgotten: 0, features: Features::default() };
         this.features.deferred = is_deferred;
         this.features.files = this.ring.submitter().register_files_sparse(FILES).is_ok();
         // Helper threads inherit the pinning of whoever makes the ring: away from the reactor that never sleeps.
@@ -98,12 +115,18 @@ impl Ring {
 
     /// Registers this process's hugepages, where SPDK's buffers are. Memory that comes later is used unregistered.
     pub fn register_hugepages(&mut self) {
+        self.forgotten = FORGOTTEN.load(Ordering::SeqCst);
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let regions = hugepage_regions(&maps);
         let iovecs: Vec<libc::iovec> =
             regions.iter().map(|&(start, len)| libc::iovec { iov_base: start as *mut _, iov_len: len }).collect();
-        // SAFETY: the regions are mapped, and DPDK keeps its hugepages until the process ends or gives them back to the kernel
-        // when nothing is allocated there any more, so no I/O can name them then.
+        // Before the kernel has them: what goes away while it takes them is noticed.
+        for &(start, len) in &regions {
+            REGISTERED.0.fetch_min(start, Ordering::SeqCst);
+            REGISTERED.1.fetch_max(start + len, Ordering::SeqCst);
+        }
+        // SAFETY: the regions are mapped; the kernel holds on to the pages, whatever becomes of the mapping, and addresses whose
+        // mapping has changed are not looked up any more (`forget_memory`).
         if !iovecs.is_empty() && unsafe { self.ring.submitter().register_buffers(&iovecs) }.is_ok() {
             self.features.buffers = regions.len();
             self.buffers = regions;
@@ -128,6 +151,9 @@ impl Ring {
 
     /// The registered buffer that `address..address + len` lies in.
     fn buffer_of(&self, address: usize, len: usize) -> Option<u16> {
+        if FORGOTTEN.load(Ordering::Acquire) != self.forgotten {
+            return None;
+        }
         let inside = |&(start, size): &(usize, usize)| address >= start && address + len <= start + size;
         self.buffers.iter().position(inside).map(|i| i as u16)
     }
@@ -307,6 +333,32 @@ mod tests {
         assert_eq!(ring.in_flight(), 8);
         drop(ring);
         assert_eq!(file.metadata().unwrap().len(), 8 * 4096, "all that was pushed was done");
+    }
+
+    #[test]
+    fn memory_that_went_away_is_not_used_by_its_number() {
+        let file = tempfile::tempfile().unwrap();
+        let buffer = LeakedBuffers::new(&[4096], 0, 9);
+        let address = buffer.iovs().segments()[0].iov_base as usize;
+        let mut ring = ring(true);
+        assert!(ring.register_file(0, file.as_fd()));
+        // As register_hugepages does it, with memory of ours.
+        // SAFETY: leaked memory stays.
+        unsafe { ring.ring.submitter().register_buffers(buffer.iovs().segments()) }.unwrap();
+        ring.buffers = vec![(address, 4096)];
+        ring.forgotten = FORGOTTEN.load(Ordering::SeqCst);
+        REGISTERED.0.fetch_min(address, Ordering::SeqCst);
+        REGISTERED.1.fetch_max(address + 4096, Ordering::SeqCst);
+        assert_eq!((ring.buffer_of(address, 4096), ring.buffer_of(address, 4097)), (Some(0), None));
+        forget_memory(0x1000, 0x1000);
+        assert_eq!(ring.buffer_of(address, 4096), Some(0), "somebody else's memory");
+        forget_memory(address, 4096);
+        assert_eq!(ring.buffer_of(address, 4096), None);
+        ring.push(true, 0, &buffer.iovs(), 0, 1).unwrap();
+        while ring.in_flight() > 0 {
+            ring.enter().unwrap();
+            ring.reap(|_, result| assert_eq!(result, 4096, "written as any other memory"));
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod bdev_io;
 pub mod io_channel;
 pub mod json;
 pub mod log;
+pub mod memory;
 pub mod poller;
 pub mod rpc;
 pub mod thread;
