@@ -125,6 +125,8 @@ say "proven: $count MiB went through NVMe/TCP and $name, and came back the same;
 
 "$lloop" --socket "$socket" list | sed 's/^/    /'
 if [ -n "$check" ]; then exit 0; fi
+# From here on a signal is how it is meant to end.
+trap 'exit 0' INT TERM
 cat <<END
 
 ${BOLD}$image is being served.${PLAIN} Ctrl-C ends it. Meanwhile:

@@ -98,7 +98,7 @@ impl Inner {
         if ring.is_none() {
             match Uring::new(thread::STAYS_ON_ITS_CORE, thread::reactor_cpus()) {
                 Ok(new) => {
-                    tracing::info!("io_uring: {:?}", new.features());
+                    tracing::debug!("io_uring: {:?}", new.features());
                     let mut all = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
                     all.retain(|ages| ages.strong_count() > 0);
                     all.push(Arc::downgrade(new.ages()));

@@ -27,3 +27,31 @@ fn run_sh_proves_itself() {
     assert!(run_script(&["--image", file.to_str().unwrap()]).contains("24 MiB went through"));
     assert!(std::fs::read(&file).unwrap() == content);
 }
+
+#[test]
+fn run_sh_serves_until_it_is_interrupted() {
+    let folder = folder();
+    // (Not the demo image: the other test may be serving that, and a file is attached once.)
+    let own = image(folder.path(), "own.img", 8 << 20);
+    let output = folder.path().join("output");
+    let file = std::fs::File::create(&output).unwrap();
+    let mut child = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/run.sh"))
+        .args(["--port", &free_port().to_string(), "--image", own.to_str().unwrap()])
+        .stdin(std::process::Stdio::null())
+        .stdout(file.try_clone().unwrap())
+        .stderr(file)
+        .spawn()
+        .unwrap();
+    let said = || std::fs::read_to_string(&output).unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(300);
+    while !said().contains("Ctrl-C ends it") {
+        assert!(std::time::Instant::now() < deadline && child.try_wait().unwrap().is_none(), "{}", said());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(child.try_wait().unwrap().is_none(), "it serves on:\n{}", said());
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{status}\n{}", said());
+    assert!(said().contains("stopping the target") && !said().contains("ended with status"), "{}", said());
+}
