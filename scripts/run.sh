@@ -78,7 +78,7 @@ fi
 
 say "starting lloop_tgt"
 # A session of its own: Ctrl-C reaches this script, which then ends the target in order.
-setsid "$bin/lloop_tgt" -m 0x1 -s 512 -r "$socket" >"$work/lloop_tgt.log" 2>&1 &
+setsid "$bin/lloop_tgt" --disable-cpumask-locks -m 0x1 -s 512 -r "$socket" >"$work/lloop_tgt.log" 2>&1 &
 target=$!
 for _ in $(seq 150); do
 	if grep -q 'is ready' "$work/lloop_tgt.log"; then break; fi

@@ -5,6 +5,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+/// One at a time: newer SPDKs refuse two initiators on one core.
+static ONE_AT_A_TIME: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 fn run_script(args: &[&str]) -> String {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/run.sh");
     let port = free_port().to_string();
@@ -18,6 +21,7 @@ fn run_script(args: &[&str]) -> String {
 
 #[test]
 fn run_sh_proves_itself() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     run_script(&[]);
     // And with a file of the user's, which keeps what is in it.
     let folder = folder();
@@ -30,8 +34,8 @@ fn run_sh_proves_itself() {
 
 #[test]
 fn run_sh_serves_until_it_is_interrupted() {
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let folder = folder();
-    // (Not the demo image: the other test may be serving that, and a file is attached once.)
     let own = image(folder.path(), "own.img", 8 << 20);
     let output = folder.path().join("output");
     let file = std::fs::File::create(&output).unwrap();
