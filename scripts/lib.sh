@@ -17,6 +17,9 @@ die() {
 	exit 1
 }
 
+# The comment at the top of the running script is its help.
+help() { sed -n '2,/^set -e/p' "$0" | sed 's/^# \{0,1\}//;/^set -e/d'; }
+
 # quietly WHAT LOG COMMAND...: runs COMMAND with its output in LOG, says WHAT and how long it took, and on a failure
 # shows the end of the log: quiet while all is well, informative when it is not.
 quietly() {

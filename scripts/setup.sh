@@ -25,7 +25,7 @@ while [ $# -gt 0 ]; do
 		;;
 	--undo-hugepages) undo=yes ;;
 	-h | --help)
-		sed -n '2,/^set -e/p' "$0" | sed 's/^# \{0,1\}//;/^set -e/d'
+		help
 		exit 0
 		;;
 	*) die "unknown option $1" "see $0 --help" ;;

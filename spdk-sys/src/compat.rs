@@ -167,9 +167,6 @@ pub unsafe fn io_channel_ctx(channel: *mut spdk_io_channel) -> *mut core::ffi::c
 /// Whether SPDK threads can move from one system thread to another (by a scheduler other than the static one).
 pub const THREADS_MOVE: bool = cfg!(spdk_threads_move);
 
-/// Whether this SPDK can run reactors in interrupt mode.
-pub const HAS_INTERRUPT_MODE: bool = cfg!(spdk_interrupt_mode);
-
 /// The arguments of `spdk_log_cb` after the format, as vsnprintf takes them.
 #[cfg(target_arch = "x86_64")]
 pub type VaList = *mut __va_list_tag;

@@ -1,6 +1,6 @@
 //! The target: SPDK with its bdev modules, NVMe-oF, vhost and iSCSI, and lloop.
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use lloop::spdk::SPDK_VERSION;
 use lloop::spdk::app::{self, AppOptions};
 use lloop::spdk::log::Level;
@@ -94,37 +94,14 @@ struct Args {
     #[arg(short = 'L', long, value_name = "FLAG")]
     logflag: Vec<String>,
     /// How much SPDK says
-    #[arg(long, value_enum, default_value_t = LogLevel::Notice)]
-    log_level: LogLevel,
+    #[arg(long, value_enum, default_value_t = Level::Notice)]
+    log_level: Level,
     /// Say only warnings and errors
     #[arg(long)]
     silence_noticelog: bool,
     /// Print the version
     #[arg(short = 'V', short_alias = 'v', long)]
     version: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum LogLevel {
-    Disabled,
-    Error,
-    Warn,
-    Notice,
-    Info,
-    Debug,
-}
-
-impl From<LogLevel> for Level {
-    fn from(level: LogLevel) -> Level {
-        match level {
-            LogLevel::Disabled => Level::Disabled,
-            LogLevel::Error => Level::Error,
-            LogLevel::Warn => Level::Warn,
-            LogLevel::Notice => Level::Notice,
-            LogLevel::Info => Level::Info,
-            LogLevel::Debug => Level::Debug,
-        }
-    }
 }
 
 fn parse_mem_size(text: &str) -> Result<u32, String> {
@@ -189,7 +166,7 @@ fn main() -> ExitCode {
         tpoint_group_mask: args.tpoint_group_mask,
         num_trace_entries: args.num_trace_entries.or(tracing.then_some(32768)).or(Some(0)),
         interrupt_mode: args.interrupt_mode,
-        log_level: Some(if quiet { Level::Warn } else { args.log_level.into() }),
+        log_level: Some(if quiet { Level::Warn } else { args.log_level }),
         log_flags: args.logflag,
     };
     let started = move || tracing::info!("lloop_tgt {VERSION}{SPDK_VERSION}) is ready; RPCs on {rpc_socket}");

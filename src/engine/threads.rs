@@ -487,7 +487,7 @@ impl<T: Send + 'static> Shared<T> {
                 if came {
                     break;
                 }
-                thread::relax();
+                std::hint::spin_loop();
             }
         }
         // A submitter that saw the flag before this store relies on the look at the inbox that comes after it.

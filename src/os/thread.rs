@@ -62,12 +62,6 @@ fn parse_cpu_list(text: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Gives the processor up for a moment while spinning.
-#[inline]
-pub fn relax() {
-    std::hint::spin_loop();
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -44,7 +44,7 @@ pub(super) unsafe extern "C" fn callback(
 }
 
 /// How much SPDK says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Level {
     /// Nothing.
     Disabled,
