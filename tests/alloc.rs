@@ -95,7 +95,7 @@ fn no_io_allocates() {
         // One worker: that every thread is warmed up must not depend on which of them ran.
         let pool = Pool::new(&PoolOptions { workers: 1, ..PoolOptions::default() }).unwrap();
         let lane = pool.open_lane(Arc::new(Target::new(file, 0, 4096)));
-        let mut port = Port::new(&pool);
+        let mut port = Port::new(&pool, None);
         let mut ring = uring.then(|| {
             let mut ring = Uring::new(true, Vec::new()).unwrap();
             let slot = ring.add_file(lane.target().file().as_fd()).unwrap();

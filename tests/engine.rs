@@ -73,12 +73,12 @@ impl Rig {
         file.pretend_alignment(align_bytes);
         let pool = Pool::new(&PoolOptions { workers: 8, lane_limit: 8, ..PoolOptions::default() }).unwrap();
         let lane = pool.open_lane(Arc::new(Target::new(file, 0, block_bytes)));
-        Rig { uring: None, port: Some(Port::new(&pool)), lane: Some(lane), pool, path, _dir: dir }
+        Rig { uring: None, port: Some(Port::new(&pool, None)), lane: Some(lane), pool, path, _dir: dir }
     }
 
     /// Sends what suits it through a ring, as a channel does.
     fn with_ring(mut self) -> Self {
-        let mut ring = Uring::new(true, Vec::new()).unwrap();
+        let mut ring = Uring::new(true, Vec::new(), None).unwrap();
         let slot = ring.add_file(self.lane.as_ref().unwrap().target().file().as_fd()).unwrap();
         self.uring = Some((ring, slot));
         self
@@ -269,7 +269,7 @@ fn two_threads_share_a_lane() {
     let pool = rig.pool.clone();
     let other = std::thread::spawn(move || {
         let lane = pool.open_lane(target);
-        let mut port = Port::new(&pool);
+        let mut port = Port::new(&pool, None);
         let buffer = LeakedBuffers::new(&[4096], 0, 2);
         for i in 0..500 {
             port.stage(Placed::on_heap(Request::new(Op::Write, &lane, (1024 + i) * 4096, 4096, buffer.iovs(), i)));

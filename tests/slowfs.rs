@@ -26,7 +26,8 @@ const NO_CACHE: Duration = Duration::ZERO;
 
 #[derive(Clone, Default)]
 struct Faults {
-    read_at: Option<SystemTime>,
+    /// Which file of faults this is: the clock of changes is too coarse to tell two of them apart by it alone.
+    version: Option<(u64, SystemTime)>,
     latency: Duration,
     hang: bool,
     short: Option<usize>,
@@ -43,10 +44,10 @@ struct SlowFs {
 impl SlowFs {
     /// What is wrong now.
     fn faults(&self) -> Faults {
-        let changed = std::fs::metadata(&self.faults_path).and_then(|m| m.modified()).ok();
+        let changed = std::fs::metadata(&self.faults_path).and_then(|m| Ok((m.ino(), m.modified()?))).ok();
         let mut faults = self.faults.lock().unwrap();
-        if faults.read_at != changed || changed.is_none() {
-            *faults = Faults { read_at: changed, ..Faults::default() };
+        if faults.version != changed || changed.is_none() {
+            *faults = Faults { version: changed, ..Faults::default() };
             for word in std::fs::read_to_string(&self.faults_path).unwrap_or_default().split_whitespace() {
                 let (key, value) = word.split_once('=').unwrap_or((word, ""));
                 match key {

@@ -2,7 +2,7 @@
 //! Which branch is taken is decided by `build.rs`, from the headers.
 
 use crate::bindings::*;
-use core::ffi::{c_char, c_int};
+use core::ffi::{c_char, c_int, c_void};
 use core::mem::MaybeUninit;
 
 /// The options of an application with SPDK's defaults.
@@ -83,6 +83,113 @@ pub fn app_opts_set_interrupt_mode(opts: &mut spdk_app_opts) -> bool {
         let _ = opts;
         false
     }
+}
+
+/// Whether reactors of this application sleep on event descriptors, at least sometimes.
+pub fn interrupt_mode_is_enabled() -> bool {
+    #[cfg(spdk_interrupts)]
+    // SAFETY: reads a flag that is set before the application starts.
+    unsafe {
+        spdk_interrupt_mode_is_enabled()
+    }
+    #[cfg(not(spdk_interrupts))]
+    false
+}
+
+/// An event descriptor that a sleeping reactor looks at (`spdk_interrupt`); versions without have none.
+pub struct Interrupt {
+    #[cfg(spdk_interrupts)]
+    raw: *mut spdk_interrupt,
+}
+
+impl Interrupt {
+    /// Has `call(context)` made whenever `fd` is readable while the current SPDK thread sleeps between events; `None` when that
+    /// cannot be had.
+    ///
+    /// # Safety
+    /// On an SPDK thread. Until this is unregistered `fd` stays open and `call` may be called with `context` on this thread.
+    pub unsafe fn register(
+        fd: c_int,
+        call: unsafe extern "C" fn(*mut c_void) -> c_int,
+        context: *mut c_void,
+        name: *const c_char,
+    ) -> Option<Self> {
+        #[cfg(spdk_interrupts)]
+        {
+            // SAFETY: as the caller promises; the name is copied.
+            let raw = unsafe { spdk_interrupt_register(fd, Some(call), context, name) };
+            (!raw.is_null()).then_some(Interrupt { raw })
+        }
+        #[cfg(not(spdk_interrupts))]
+        {
+            let _ = (fd, call, context, name);
+            None
+        }
+    }
+
+    /// Ends it.
+    ///
+    /// # Safety
+    /// On the thread that registered it.
+    pub unsafe fn unregister(self) {
+        #[cfg(spdk_interrupts)]
+        {
+            let mut raw = self.raw;
+            // SAFETY: registered, and used up with `self`.
+            unsafe { spdk_interrupt_unregister(&mut raw) };
+        }
+    }
+}
+
+/// Tells SPDK that a poller need not be called while its thread sleeps, something else (an [`Interrupt`]) will wake it; and has
+/// `changed(_, context, sleeps)` called whenever the thread starts or ends sleeping between events.
+///
+/// # Safety
+/// `poller` is registered on the current SPDK thread; `changed` may be called with `context` until it is unregistered.
+pub unsafe fn poller_register_interrupt(
+    poller: *mut spdk_poller,
+    changed: unsafe extern "C" fn(*mut spdk_poller, *mut c_void, bool),
+    context: *mut c_void,
+) {
+    #[cfg(spdk_interrupts)]
+    // SAFETY: as the caller promises.
+    unsafe {
+        spdk_poller_register_interrupt(poller, Some(changed), context);
+    }
+    #[cfg(not(spdk_interrupts))]
+    let _ = (poller, changed, context);
+}
+
+#[cfg(spdk_interrupts)]
+unsafe extern "C" {
+    // Exported, and declared in a header that is not installed (spdk_internal/thread.h).
+    fn spdk_thread_get_first_active_poller(thread: *mut spdk_thread) -> *mut spdk_poller;
+    fn spdk_thread_get_next_active_poller(previous: *mut spdk_poller) -> *mut spdk_poller;
+    fn spdk_poller_get_name(poller: *mut spdk_poller) -> *const c_char;
+}
+
+/// Takes from the pollers called `name`, of the current SPDK thread, what keeps a sleeping thread calling them: from then on they
+/// are called only while the thread polls. How many there were.
+///
+/// # Safety
+/// On an SPDK thread.
+pub unsafe fn let_pollers_sleep(name: &core::ffi::CStr) -> usize {
+    let mut count = 0;
+    #[cfg(spdk_interrupts)]
+    // SAFETY: the thread's own list of its pollers, walked on that thread; names are C strings that live as long as they.
+    unsafe {
+        let mut poller = spdk_thread_get_first_active_poller(spdk_get_thread());
+        while !poller.is_null() {
+            if core::ffi::CStr::from_ptr(spdk_poller_get_name(poller)) == name {
+                spdk_poller_register_interrupt(poller, None, core::ptr::null_mut());
+                count += 1;
+            }
+            poller = spdk_thread_get_next_active_poller(poller);
+        }
+    }
+    #[cfg(not(spdk_interrupts))]
+    let _ = (name, &mut count);
+    count
 }
 
 /// Restricts the PCI devices to those listed, or all but those listed.

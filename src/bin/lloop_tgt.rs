@@ -4,6 +4,7 @@ use clap::Parser;
 use lloop::spdk::SPDK_VERSION;
 use lloop::spdk::app::{self, AppOptions};
 use lloop::spdk::log::Level;
+use lloop::spdk::poller;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -87,7 +88,7 @@ struct Args {
     /// Trace entries to keep for each core (32768 with -e, else 0: no tracing, which saves some 200 MB of memory)
     #[arg(long, value_name = "N")]
     num_trace_entries: Option<u64>,
-    /// Let idle reactors sleep (SPDK with interrupt mode)
+    /// Let idle reactors sleep (SPDK with interrupt mode; without iSCSI, which can only poll)
     #[arg(long)]
     interrupt_mode: bool,
     /// Debug log of a component of SPDK
@@ -169,7 +170,14 @@ fn main() -> ExitCode {
         log_level: Some(if quiet { Level::Warn } else { args.log_level }),
         log_flags: args.logflag,
     };
-    let started = move || tracing::info!("lloop_tgt {VERSION}{SPDK_VERSION}) is ready; RPCs on {rpc_socket}");
+    let sleeps = args.interrupt_mode;
+    let started = move || {
+        if sleeps {
+            poller::put_iscsi_to_sleep();
+            tracing::info!("in interrupt mode iSCSI serves nobody: SPDK's would keep polling");
+        }
+        tracing::info!("lloop_tgt {VERSION}{SPDK_VERSION}) is ready; RPCs on {rpc_socket}");
+    };
     match app::run(&options, started) {
         Ok(0) => {
             tracing::info!("lloop_tgt has ended");

@@ -2,18 +2,42 @@
 
 use super::request::Request;
 use super::threads::{Pool, Shared};
+use crate::os::bell::Bell;
 use crate::os::clock::{self, Ticks};
 use crate::os::queue::{Batch, Inbox, List, Placed};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+
+/// Where a port's answers arrive, from any thread.
+pub(super) struct Mailbox<T> {
+    answers: Inbox<Request<T>>,
+    /// Whether the port's thread sleeps when it has nothing to do, and has to be woken.
+    sleeps: AtomicBool,
+    bell: Option<Arc<Bell>>,
+}
+
+impl<T> Mailbox<T> {
+    /// Delivers answers. One system call when the port's thread sleeps and nobody has rung yet; none else.
+    pub(super) fn push(&self, batch: Batch<Request<T>>) {
+        let was_empty = self.answers.push(batch);
+        if let Some(bell) = &self.bell {
+            // Deliver, then look; `Port::set_sleeping` says so, then looks.
+            fence(Ordering::SeqCst);
+            if was_empty && self.sleeps.load(Ordering::Relaxed) {
+                bell.ring();
+            }
+        }
+    }
+}
 
 /// What one thread submits through and gets its answers from. Stays on that thread.
 pub struct Port<T> {
     id: u32,
     pool: Arc<Shared<T>>,
-    answers: Arc<Inbox<Request<T>>>,
+    mailbox: Arc<Mailbox<T>>,
     staged: Batch<Request<T>>,
     staged_slow: bool,
+    sleeping: bool,
     in_flight: usize,
     last_look: Ticks,
     last_picks: u64,
@@ -22,19 +46,32 @@ pub struct Port<T> {
 }
 
 impl<T: Send + 'static> Port<T> {
-    /// A port to `pool`. Takes the pool's lock: for the control plane.
-    pub fn new(pool: &Pool<T>) -> Self {
-        let answers = Arc::new(Inbox::default());
+    /// A port to `pool`. Takes the pool's lock: for the control plane. With a `bell` its thread may sleep
+    /// ([`Port::set_sleeping`]).
+    pub fn new(pool: &Pool<T>, bell: Option<Arc<Bell>>) -> Self {
+        let mailbox = Arc::new(Mailbox { answers: Inbox::default(), sleeps: AtomicBool::new(false), bell });
         Port {
-            id: pool.shared().add_port(answers.clone()),
+            id: pool.shared().add_port(mailbox.clone()),
             pool: pool.shared().clone(),
-            answers,
+            mailbox,
             staged: Batch::default(),
             staged_slow: false,
+            sleeping: false,
             in_flight: 0,
             last_look: 0,
             last_picks: 0,
             last_sign: 0,
+        }
+    }
+
+    /// From here on the bell is rung when answers arrive, or not any more. What has arrived before rings nothing: reap after
+    /// this. A port without a bell stays awake.
+    pub fn set_sleeping(&mut self, sleeping: bool) {
+        let sleeping = sleeping && self.mailbox.bell.is_some();
+        if std::mem::replace(&mut self.sleeping, sleeping) != sleeping {
+            self.mailbox.sleeps.store(sleeping, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            self.pool.count_sleeper(sleeping);
         }
     }
 
@@ -60,7 +97,7 @@ impl<T: Send + 'static> Port<T> {
     /// Takes all answers that are there. Also notices, when there are none for a while, that the awake workers are all stuck
     /// and somebody else has to be woken.
     pub fn reap(&mut self) -> List<Request<T>> {
-        let answers = self.answers.take_all();
+        let answers = self.mailbox.answers.take_all();
         self.in_flight -= answers.len();
         if self.in_flight > 0 && answers.is_empty() {
             self.look_for_a_stall();
@@ -94,6 +131,9 @@ impl<T> Drop for Port<T> {
             "a port was closed with {} requests",
             self.in_flight
         );
+        if self.sleeping {
+            self.pool.count_sleeper(false);
+        }
         self.pool.remove_port(self.id);
     }
 }

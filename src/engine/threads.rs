@@ -9,8 +9,11 @@
 //! - a port that sees no request picked up for a while wakes one more, or has the supervisor start it. That covers the first
 //!   slow calls of a lane that was fast.
 //!
+//! A port whose thread sleeps between events cannot look for a stall: the supervisor does it while there is work.
+//!
 //! No reactor starts a thread or waits for a lock: it pushes a batch, and makes one futex call when nobody is active.
 
+use super::port::Mailbox;
 use super::request::Request;
 use super::sched::{LaneLoad, Sched};
 use super::target::Target;
@@ -31,6 +34,8 @@ const STALL: Duration = Duration::from_micros(20);
 /// The same when as many are active as there are processors for: then it is more likely that the scheduler has one of them wait
 /// for another than that all of them are stuck, and one more would make that worse.
 const CROWDED_STALL: Duration = Duration::from_micros(500);
+/// How often the supervisor looks for a stall in the place of ports that sleep.
+const WATCH: Duration = Duration::from_millis(1);
 /// Calls longer than this make a lane a slow one.
 const SLOW: Duration = Duration::from_micros(50);
 
@@ -79,7 +84,7 @@ const NOBODY: Ticks = 0;
 const IDLE: Ticks = Ticks::MAX;
 
 /// Where the answers of each port go.
-type Ports<T> = Vec<Option<Arc<Inbox<Request<T>>>>>;
+type Ports<T> = Vec<Option<Arc<Mailbox<T>>>>;
 
 pub(super) struct Shared<T> {
     inbox: Inbox<Request<T>>,
@@ -87,6 +92,10 @@ pub(super) struct Shared<T> {
     idle: Event,
     /// Where the supervisor sleeps.
     supervise: Event,
+    /// Ports whose threads sleep when they have nothing to do.
+    sleepers: AtomicU32,
+    /// Whether the supervisor looks for stalls.
+    watching: AtomicBool,
     /// Whether a worker spins, looking at the inbox.
     spinning: Apart<AtomicBool>,
     /// Workers that will look at the inbox soon: awake, and not in a call on a slow lane.
@@ -163,6 +172,8 @@ impl<T: Send + 'static> Pool<T> {
             inbox: Inbox::default(),
             idle: Event::default(),
             supervise: Event::default(),
+            sleepers: AtomicU32::new(0),
+            watching: AtomicBool::new(false),
             spinning: Apart::default(),
             active: Apart::default(),
             picks: Apart::default(),
@@ -281,13 +292,13 @@ impl<T> Shared<T> {
         self.sched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn add_port(&self, answers: Arc<Inbox<Request<T>>>) -> u32 {
+    pub(super) fn add_port(&self, mailbox: Arc<Mailbox<T>>) -> u32 {
         let mut ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
         let id = ports.iter().position(Option::is_none).unwrap_or_else(|| {
             ports.push(None);
             ports.len() - 1
         });
-        ports[id] = Some(answers);
+        ports[id] = Some(mailbox);
         self.ports_changed.fetch_add(1, Ordering::Release);
         id as u32
     }
@@ -307,6 +318,23 @@ impl<T> Shared<T> {
         }
         if slow || self.active.load(Ordering::Relaxed) == 0 {
             self.wake_one();
+        }
+        self.watch();
+    }
+
+    /// Counts a port that sleeps between events, or does not any more.
+    pub(super) fn count_sleeper(&self, sleeps: bool) {
+        if sleeps {
+            self.sleepers.fetch_add(1, Ordering::Relaxed)
+        } else {
+            self.sleepers.fetch_sub(1, Ordering::Relaxed)
+        };
+    }
+
+    /// Has the supervisor look for stalls, when the ports are not awake to do it.
+    fn watch(&self) {
+        if self.sleepers.load(Ordering::Relaxed) > 0 && !self.watching.swap(true, Ordering::SeqCst) {
+            self.supervise.notify_one();
         }
     }
 
@@ -344,17 +372,30 @@ impl<T: Send + 'static> Shared<T> {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Starts a worker whenever somebody finds that there are too few.
+    /// Starts a worker whenever somebody finds that there are too few, and looks for stalls in the place of ports that sleep.
     fn supervise(self: Arc<Self>) {
         thread::run_anywhere_but(&self.reactor_cpus);
         let mut warned = false;
+        let (mut picks_seen, mut sign) = (0, clock::now());
         while !self.stopping() {
             let announced = self.supervise.announce();
             if self.stopping() {
                 self.supervise.cancel(announced);
                 break;
             }
-            self.supervise.wait(announced, None);
+            self.supervise.wait(announced, self.watching.load(Ordering::SeqCst).then_some(WATCH));
+            if self.watching.load(Ordering::SeqCst) {
+                let (now, picks) = (clock::now(), self.picks.load(Ordering::Relaxed));
+                if std::mem::replace(&mut picks_seen, picks) != picks || self.help(now.wrapping_sub(sign)) {
+                    sign = now;
+                }
+                // Stop looking, then look once more: whoever adds work after this has us woken again.
+                self.watching.store(false, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                if self.ready.load(Ordering::Relaxed) || !self.inbox.is_empty() {
+                    self.watching.store(true, Ordering::SeqCst);
+                }
+            }
             let limit = self.workers.load(Ordering::Relaxed);
             if self.stopping() || self.live.load(Ordering::Relaxed) >= limit {
                 continue;
@@ -411,6 +452,9 @@ impl<T: Send + 'static> Shared<T> {
                 picks_seen = picks.wrapping_add(1);
                 self.picks.store(picks_seen, Ordering::Relaxed);
                 drop(sched);
+                if more {
+                    self.watch();
+                }
                 let (mut requests, done) = work.into_parts();
                 let Some(first) = requests.front() else { continue };
                 let slow = first.target.slow();

@@ -5,9 +5,11 @@
 //! memory that direct I/O does not take go there from the start. So there is one place that continues, bounces and explains.
 
 use super::request::{Op, Request};
+use crate::os::bell::Bell;
 use crate::os::clock::Ticks;
 use crate::os::queue::{List, Placed};
 use crate::os::ring::{Features, Ring, RingOptions};
+use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -38,14 +40,17 @@ pub struct Uring<T> {
 }
 
 impl<T> Uring<T> {
-    /// Makes the current thread's ring.
+    /// Makes the current thread's ring; its completions ring `bell`, for a thread that sleeps.
     ///
     /// # Errors
-    /// The errno of making it: ENOSYS or EPERM where kernel or sandbox have no io_uring.
-    pub fn new(one_thread: bool, reactor_cpus: Vec<u32>) -> Result<Self, i32> {
+    /// The errno of making it: ENOSYS or EPERM where kernel or sandbox have no io_uring, or cannot ring.
+    pub fn new(one_thread: bool, reactor_cpus: Vec<u32>, bell: Option<&Bell>) -> Result<Self, i32> {
         let mut ring = Ring::new(&RingOptions { entries: ENTRIES, one_thread, reactor_cpus })?;
         if !ring.features().files {
             return Err(libc::ENOSYS);
+        }
+        if bell.is_some_and(|bell| !ring.ring_on_completion(bell.as_fd())) {
+            return Err(libc::EOPNOTSUPP);
         }
         ring.register_hugepages();
         Ok(Uring {
@@ -123,8 +128,8 @@ impl<T> Uring<T> {
         Ok(())
     }
 
-    /// Hands over what was submitted: one system call at most.
-    pub fn enter(&mut self) {
+    /// Hands over what was submitted: one system call at most. Whether that has to be tried again although nothing completes.
+    pub fn enter(&mut self) -> bool {
         while !self.free.is_empty()
             && let Some(request) = self.waiting.pop_front()
         {
@@ -137,13 +142,15 @@ impl<T> Uring<T> {
             }
         }
         match self.ring.enter() {
-            Ok(()) | Err(libc::EBUSY | libc::EAGAIN) => {}
+            Ok(()) => return false,
+            Err(libc::EBUSY | libc::EAGAIN) => {}
             Err(errno) => {
                 if !std::mem::replace(&mut self.troubled, true) {
                     tracing::error!("io_uring_enter: {}; trying on", crate::error::reason(errno));
                 }
             }
         }
+        true
     }
 
     /// Takes what has completed: into `done` with its result, or into `again` for the workers to execute anew.

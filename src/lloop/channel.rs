@@ -5,14 +5,15 @@ use super::state;
 use crate::engine::stats::Counters;
 use crate::engine::uring::Ages;
 use crate::engine::{Lane, Op, Port, Request, Uring};
+use crate::os::bell::Bell;
 use crate::os::clock::{self, Ticks};
 use crate::os::iov::IoVecs;
 use crate::os::queue::List;
 use crate::spdk::bdev_io::{BdevIo, Completion, Parked};
 use crate::spdk::io_channel::{PerThread, PerThreadKind, PerThreadRef};
-use crate::spdk::poller::Poller;
+use crate::spdk::poller::{self, Poller};
 use crate::spdk::thread;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ffi::CStr;
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -36,10 +37,21 @@ pub struct Group {
 
 struct Inner {
     port: RefCell<Port<Token>>,
+    /// Wakes this thread, in a target whose reactors sleep.
+    bell: Option<Arc<Bell>>,
+    /// Whether it sleeps when nothing is to be done, at the moment.
+    sleeping: Cell<bool>,
+    /// Whether a poll is certain to come: no need to ring for it.
+    awaited: Cell<bool>,
+    /// Looks after resets where nobody polls without reason.
+    reset_timer: RefCell<Option<Poller>>,
     /// Made when the first device wants it.
     ring: RefCell<Option<Uring<Token>>>,
     resets: RefCell<Vec<Reset>>,
 }
+
+/// How often a target whose reactors sleep looks after resets.
+const RESET_PERIOD_US: u64 = 5000;
 
 /// A reset that waits for its device to be idle.
 struct Reset {
@@ -53,19 +65,52 @@ impl PerThread for Group {
 
     fn create() -> Result<Self, i32> {
         let pool = super::pool().ok_or(libc::ENODEV)?;
+        let bell = if poller::reactors_may_sleep() { Some(Arc::new(Bell::new()?)) } else { None };
         let inner = Rc::new(Inner {
-            port: RefCell::new(Port::new(&pool)),
+            port: RefCell::new(Port::new(&pool, bell.clone())),
+            bell: bell.clone(),
+            sleeping: Cell::new(false),
+            awaited: Cell::new(false),
+            reset_timer: RefCell::default(),
             ring: RefCell::default(),
             resets: RefCell::default(),
         });
         let polled = inner.clone();
-        Ok(Group { _poller: Poller::register(c"lloop", 0, move || polled.poll())?, inner })
+        let mut poller = Poller::register(c"lloop", 0, move || polled.poll())?;
+        if let Some(bell) = &bell {
+            let told = inner.clone();
+            poller.sleep_on(c"lloop", bell.as_fd(), move |sleeping| told.set_sleeping(sleeping))?;
+        }
+        Ok(Group { _poller: poller, inner })
     }
 }
 
 impl Inner {
+    /// The thread sleeps from now on until the bell rings, or does not.
+    fn set_sleeping(&self, sleeping: bool) {
+        self.sleeping.set(sleeping);
+        self.port.borrow_mut().set_sleeping(sleeping);
+        // What arrived while nobody rang.
+        self.awaited.set(false);
+        self.expect_poll();
+    }
+
+    /// Sees to it that a poll comes.
+    fn expect_poll(&self) {
+        if self.sleeping.get()
+            && !self.awaited.replace(true)
+            && let Some(bell) = &self.bell
+        {
+            bell.ring();
+        }
+    }
+
     /// Completes what is answered, then hands over what was submitted since: one doorbell a poll.
     fn poll(&self) -> bool {
+        if let Some(bell) = &self.bell {
+            bell.clear();
+            self.awaited.set(true);
+        }
         // The borrow ends before the first completion, whose owner may submit again at once.
         let mut answers = self.port.borrow_mut().reap();
         if let Some(ring) = self.ring.borrow_mut().as_mut() {
@@ -85,10 +130,12 @@ impl Inner {
                 answer.token.io.resume().complete(state::completion(answer.op, answer.result));
             }
         }
-        if let Some(ring) = self.ring.borrow_mut().as_mut() {
-            ring.enter();
-        }
+        let again = self.ring.borrow_mut().as_mut().is_some_and(Uring::enter);
         self.port.borrow_mut().ring();
+        self.awaited.set(false);
+        if again {
+            self.expect_poll();
+        }
         busy | self.poll_resets()
     }
 
@@ -96,7 +143,7 @@ impl Inner {
     fn register(&self, lane: &Lane<Token>) -> Option<u32> {
         let mut ring = self.ring.borrow_mut();
         if ring.is_none() {
-            match Uring::new(thread::STAYS_ON_ITS_CORE, thread::reactor_cpus()) {
+            match Uring::new(thread::STAYS_ON_ITS_CORE, thread::reactor_cpus(), self.bell.as_deref()) {
                 Ok(new) => {
                     tracing::debug!("io_uring: {:?}", new.features());
                     let mut all = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -122,6 +169,9 @@ impl Inner {
         let now = clock::now();
         let done = |reset: &mut Reset| reset.device.in_flight() == 0 || now >= reset.deadline;
         let finished: Vec<Reset> = self.resets.borrow_mut().extract_if(.., done).collect();
+        if self.resets.borrow().is_empty() {
+            drop(self.reset_timer.borrow_mut().take());
+        }
         let any = !finished.is_empty();
         for Reset { io, device, .. } in finished {
             let left = device.in_flight();
@@ -183,6 +233,7 @@ impl Channel {
         } else {
             self.group.inner.port.borrow_mut().stage(request);
         }
+        self.group.inner.expect_poll();
     }
 
     /// Counts and ends an I/O that is refused.
@@ -196,7 +247,19 @@ impl Channel {
     pub fn reset(&self, io: BdevIo) {
         let limit = std::time::Duration::from_secs(super::options::current().reset_timeout_s.into());
         let deadline = clock::now() + clock::to_ticks(limit);
-        self.group.inner.resets.borrow_mut().push(Reset { io, device: self.device.clone(), deadline });
+        let inner = &self.group.inner;
+        inner.resets.borrow_mut().push(Reset { io, device: self.device.clone(), deadline });
+        let mut timer = inner.reset_timer.borrow_mut();
+        if let (Some(bell), None) = (inner.bell.clone(), timer.as_ref()) {
+            let rings = move || {
+                bell.ring();
+                true
+            };
+            match Poller::register(c"lloop_reset", RESET_PERIOD_US, rings) {
+                Ok(poller) => *timer = Some(poller),
+                Err(errno) => tracing::error!("a reset goes unwatched: {}", crate::error::reason(errno)),
+            }
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the engines need of the operating system, made safe: files with direct I/O, locks, the Lustre calls, memory that
 //! requests live in, and sleeping and waking. Nothing here knows SPDK.
 
+pub mod bell;
 pub mod bounce;
 pub mod clock;
 pub mod event;

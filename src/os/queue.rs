@@ -264,13 +264,16 @@ impl<T> Inbox<T> {
         self.head.load(Ordering::Acquire).is_null()
     }
 
-    /// Hands over a batch. Lock-free; one compare-exchange when nobody interferes. An empty batch changes nothing.
-    pub fn push(&self, batch: Batch<T>) {
-        if !batch.is_empty() {
-            // SAFETY: the batch's chain is ours to link, and becomes the inbox's.
-            unsafe { self.push_chain(batch.head, batch.tail) };
-            std::mem::forget(batch);
+    /// Hands over a batch. Lock-free; one compare-exchange when nobody interferes. An empty batch changes nothing. Whether the
+    /// inbox was empty before.
+    pub fn push(&self, batch: Batch<T>) -> bool {
+        if batch.is_empty() {
+            return false;
         }
+        // SAFETY: the batch's chain is ours to link, and becomes the inbox's.
+        let was_empty = unsafe { self.push_chain(batch.head, batch.tail) };
+        std::mem::forget(batch);
+        was_empty
     }
 
     /// Hands over one value.
@@ -282,7 +285,7 @@ impl<T> Inbox<T> {
 
     /// # Safety
     /// `first` leads to `last` over nodes that the caller owns and gives up.
-    unsafe fn push_chain(&self, first: *mut Node<T>, last: *mut Node<T>) {
+    unsafe fn push_chain(&self, first: *mut Node<T>, last: *mut Node<T>) -> bool {
         let mut old = self.head.load(Ordering::Relaxed);
         loop {
             // SAFETY: ours until the exchange succeeds.
@@ -290,7 +293,7 @@ impl<T> Inbox<T> {
             // Release: what was written to the requests is visible to whoever takes them. The consumer's swap with nothing
             // in between continues the release sequence for older nodes.
             match self.head.compare_exchange_weak(old, first, Ordering::Release, Ordering::Relaxed) {
-                Ok(_) => return,
+                Ok(_) => return old.is_null(),
                 Err(now) => old = now,
             }
         }

@@ -229,6 +229,11 @@ impl Ring {
         }
     }
 
+    /// Makes `fd`, an eventfd, readable whenever something has completed; whether the kernel can.
+    pub fn ring_on_completion(&mut self, fd: BorrowedFd<'_>) -> bool {
+        self.ring.submitter().register_eventfd(fd.as_raw_fd()).is_ok()
+    }
+
     /// Calls `done(user_data, result)` for everything that has completed.
     pub fn reap(&mut self, mut done: impl FnMut(u64, i32)) -> usize {
         let mut count = 0;

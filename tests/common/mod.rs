@@ -219,7 +219,11 @@ impl Drop for Target {
         let pid = self.pid();
         if let Ok(None) = self.child.try_wait() {
             let _ = self.child.kill();
-            let _ = self.child.wait();
+            // (One that is stuck in a call on a slow file, which is dropped after this, ends only with that.)
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(10));
+            }
         }
         let _ = std::fs::remove_file(&self.socket);
         remove_leftovers(pid);
