@@ -97,7 +97,7 @@ fn no_io_allocates() {
         let lane = pool.open_lane(Arc::new(Target::new(file, 0, 4096)));
         let mut port = Port::new(&pool, None);
         let mut ring = uring.then(|| {
-            let mut ring = Uring::new(true, Vec::new()).unwrap();
+            let mut ring = Uring::new(true, Vec::new(), None).unwrap();
             let slot = ring.add_file(lane.target().file().as_fd()).unwrap();
             (ring, slot)
         });
