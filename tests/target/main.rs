@@ -11,4 +11,5 @@ mod io;
 mod life;
 mod scripts;
 mod slow;
+mod standin;
 mod suites;
