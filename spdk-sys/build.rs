@@ -43,6 +43,7 @@ const FUNCTIONS: &[&str] = &[
     "spdk_rpc_register_method",
     "spdk_log_(set_level|set_print_level|get_print_level|set_flag|get_flag)",
     "spdk_pci_addr_(parse|fmt)",
+    "spdk_vhost_set_socket_path",
     "vsnprintf",
 ];
 
@@ -108,6 +109,11 @@ fn main() {
         if fs::read_to_string(&header).is_ok_and(|content| content.contains(text)) {
             println!("cargo::rustc-cfg={cfg}");
         }
+    }
+    // A tree can be built without vhost; its header is there all the same.
+    println!("cargo::rustc-check-cfg=cfg(spdk_vhost)");
+    if spdk.join("build/lib/libspdk_vhost.a").exists() {
+        println!("cargo::rustc-cfg=spdk_vhost");
     }
     generate_bindings(&spdk);
     link(&spdk);

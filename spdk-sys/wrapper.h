@@ -12,3 +12,4 @@
 #include <spdk/rpc.h>
 #include <spdk/scsi_spec.h>
 #include <spdk/thread.h>
+#include <spdk/vhost.h>

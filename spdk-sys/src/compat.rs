@@ -212,6 +212,27 @@ pub fn app_opts_set_pci_list(opts: &mut spdk_app_opts, addresses: &mut [spdk_pci
     }
 }
 
+/// Whether this SPDK was built with vhost.
+pub const HAS_VHOST: bool = cfg!(spdk_vhost);
+
+/// Sets the folder that the names of vhost controllers are sockets in; `false` when this SPDK was built without vhost, or finds
+/// the path too long. Before the application starts.
+///
+/// # Safety
+/// `dir` is a C string, and no other thread uses SPDK.
+pub unsafe fn vhost_set_socket_dir(dir: *const c_char) -> bool {
+    #[cfg(spdk_vhost)]
+    // SAFETY: as the caller promises; the string is copied.
+    unsafe {
+        spdk_vhost_set_socket_path(dir) == 0
+    }
+    #[cfg(not(spdk_vhost))]
+    {
+        let _ = dir;
+        false
+    }
+}
+
 /// Makes the bdev layer split reads and writes at `optimal_io_boundary` (a flag; a bit field in newer versions).
 pub fn bdev_set_split_on_optimal_io_boundary(bdev: &mut spdk_bdev, split: bool) {
     #[cfg(spdk_bdev_bitfields)]

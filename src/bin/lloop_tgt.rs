@@ -28,6 +28,9 @@ struct Args {
     /// Where to listen for RPCs: a socket's path, or address:port
     #[arg(short = 'r', long, value_name = "PATH", default_value = "/var/tmp/spdk.sock")]
     rpc_socket: String,
+    /// The folder that vhost controllers have their sockets in. With / their names are whole paths, as `lloop export` makes them
+    #[arg(short = 'S', long, value_name = "DIR", default_value = "/")]
+    vhost_dir: PathBuf,
     /// Configuration to load at the start, as save_config writes it
     #[arg(short = 'c', long = "json", visible_alias = "config", value_name = "FILE")]
     json: Option<PathBuf>,
@@ -149,6 +152,7 @@ fn main() -> ExitCode {
         main_core: args.main_core,
         mem_size_mib: args.mem_size,
         rpc_socket: Some(args.rpc_socket),
+        vhost_dir: Some(args.vhost_dir),
         json_config: args.json,
         json_ignore_errors: args.json_ignore_init_errors,
         wait_for_rpc: args.wait_for_rpc,

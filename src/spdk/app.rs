@@ -24,6 +24,8 @@ pub struct AppOptions {
     pub mem_size_mib: Option<u32>,
     /// Where to listen for RPCs.
     pub rpc_socket: Option<String>,
+    /// The folder that the names of vhost controllers are sockets in.
+    pub vhost_dir: Option<PathBuf>,
     /// A configuration to load at the start.
     pub json_config: Option<PathBuf>,
     /// Go on when a method in it fails.
@@ -101,6 +103,15 @@ pub fn run(options: &AppOptions, started: impl FnOnce() + 'static) -> Result<i32
     }
     if let Some(socket) = &options.rpc_socket {
         opts.rpc_addr = strings.keep("the RPC socket", socket)?;
+    }
+    if let Some(dir) = &options.vhost_dir {
+        let text = strings.keep("the folder of vhost sockets", &dir.to_string_lossy())?;
+        // SAFETY: a C string, and SPDK does not run yet.
+        let is_set = unsafe { compat::vhost_set_socket_dir(text) };
+        // Without vhost there are no sockets to put anywhere.
+        if !is_set && compat::HAS_VHOST {
+            return Err(Error::new(libc::EINVAL, format!("{}: too long a path for vhost sockets", dir.display())));
+        }
     }
     if let Some(path) = &options.json_config {
         opts.json_config_file = strings.keep("the configuration's path", &path.to_string_lossy())?;

@@ -1,8 +1,8 @@
 //! The command line.
 
 use crate::client::Address;
-use crate::{export, listen, options, size};
-use clap::{Parser, Subcommand, ValueHint};
+use crate::{export, iscsi, listen, options, size, vhost};
+use clap::{Arg, ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand, ValueHint, value_parser};
 use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -10,16 +10,17 @@ use std::time::Duration;
 
 const DEFAULT_SOCKET: &str = "/var/tmp/spdk.sock";
 const SOCKET_VARIABLE: &str = "LLOOP_SOCKET";
+const SOCKET: &str = "target_socket";
 /// The heading of what every command takes.
 const GLOBAL: &str = "Target and output";
 
 /// Files, on Lustre above all, as block devices in user space: attach them to a running lloop_tgt, look at them, export them
-/// over NVMe-oF.
+/// over NVMe-oF and iSCSI and to virtual machines.
 #[derive(Parser, Debug)]
 #[command(name = "lloop", version, max_term_width = 120)]
 pub struct Args {
-    /// Where the target listens: a socket's path, or host:port [default: $LLOOP_SOCKET, or /var/tmp/spdk.sock]
-    #[arg(long, global = true, help_heading = GLOBAL, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    /// `--socket` of every command that has not another one of its own: [`with_socket`].
+    #[arg(skip)]
     socket: Option<OsString>,
     /// How long to wait for the target's answers, in seconds
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "SECONDS", default_value_t = 60)]
@@ -33,7 +34,49 @@ pub struct Args {
     pub command: Command,
 }
 
+/// Gives the command and those below it the option that says where the target is. It is no global option of clap's, because
+/// behind `export vhost-blk` and its like `--socket` is the virtual machine's socket.
+fn with_socket(command: clap::Command) -> clap::Command {
+    let has_own = command.get_arguments().any(|argument| argument.get_long() == Some("socket"));
+    let command = if has_own {
+        command
+    } else {
+        command.arg(
+            Arg::new(SOCKET)
+                .long("socket")
+                .help("Where the target listens: a socket's path, or host:port [default: $LLOOP_SOCKET, or /var/tmp/spdk.sock]")
+                .help_heading(GLOBAL)
+                .value_name("PATH")
+                .value_hint(ValueHint::FilePath)
+                .value_parser(value_parser!(OsString)),
+        )
+    };
+    command.mut_subcommands(with_socket)
+}
+
+/// What was said last, on the way down the commands.
+fn socket(matches: &ArgMatches) -> Option<OsString> {
+    let below = matches.subcommand().and_then(|(_, matches)| socket(matches));
+    below.or_else(|| matches.try_get_one::<OsString>(SOCKET).ok().flatten().cloned())
+}
+
 impl Args {
+    /// The whole command line, as clap knows it.
+    pub fn described() -> clap::Command {
+        with_socket(Args::command())
+    }
+
+    /// Reads a command line.
+    ///
+    /// # Errors
+    /// As clap puts it.
+    pub fn read(words: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Args, clap::Error> {
+        let matches = Args::described().try_get_matches_from(words)?;
+        let mut args = Args::from_arg_matches(&matches)?;
+        args.socket = socket(&matches);
+        Ok(args)
+    }
+
     /// Where the target is.
     pub fn address(&self) -> Address {
         let variable = || env::var_os(SOCKET_VARIABLE).filter(|value| !value.is_empty());
@@ -97,13 +140,18 @@ pub enum Command {
     /// Offer a device to others
     #[command(subcommand)]
     Export(Export),
-    /// Take a device's exports back
+    /// Take a device's exports back: all of them, or those of one kind
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
     Unexport {
         /// The device
-        name: String,
+        #[arg(required = true)]
+        name: Option<String>,
         /// From this subsystem only
         #[arg(long, value_parser = export::parse_nqn)]
         nqn: Option<String>,
+        /// Those of one kind.
+        #[command(subcommand)]
+        kind: Option<Unexport>,
     },
     /// Show the module's options, or change some
     Options {
@@ -178,6 +226,12 @@ pub struct Create {
 pub enum Export {
     /// Over NVMe/TCP. What is there already is used: saying it twice changes nothing
     Nvmf(Nvmf),
+    /// To a virtual machine, as a SCSI disk (QEMU: vhost-user-scsi-pci). Several devices can share a socket
+    VhostScsi(VhostScsi),
+    /// To a virtual machine, as a virtio disk (QEMU: vhost-user-blk-pci)
+    VhostBlk(VhostBlk),
+    /// Over iSCSI
+    Iscsi(Iscsi),
 }
 
 /// `lloop export nvmf`
@@ -202,18 +256,124 @@ pub struct Nvmf {
     pub serial: Option<String>,
 }
 
+/// `lloop export vhost-scsi`
+#[derive(clap::Args, Debug)]
+pub struct VhostScsi {
+    /// The device
+    pub name: String,
+    /// The socket that the virtual machine connects to. (The target's own socket is said before `export`: lloop --socket
+    /// PATH export ..., or by $LLOOP_SOCKET)
+    #[arg(id = "vhost_socket", long = "socket", value_name = "PATH", value_hint = ValueHint::FilePath)]
+    #[arg(value_parser = vhost::parse_socket)]
+    pub socket: PathBuf,
+}
+
+/// `lloop export vhost-blk`
+#[derive(clap::Args, Debug)]
+pub struct VhostBlk {
+    /// The device
+    pub name: String,
+    /// The socket that the virtual machine connects to. (The target's own socket is said before `export`: lloop --socket
+    /// PATH export ..., or by $LLOOP_SOCKET)
+    #[arg(id = "vhost_socket", long = "socket", value_name = "PATH", value_hint = ValueHint::FilePath)]
+    #[arg(value_parser = vhost::parse_socket)]
+    pub socket: PathBuf,
+    /// Let the virtual machine read only; a device attached with --read-only is so anyway
+    #[arg(long)]
+    pub read_only: bool,
+}
+
+/// `lloop export iscsi`
+#[derive(clap::Args, Debug)]
+pub struct Iscsi {
+    /// The device
+    pub name: String,
+    /// Where to listen; [::1]:3260 with IPv6
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:3260", value_parser = iscsi::parse_listen)]
+    pub listen: std::net::SocketAddr,
+    /// The target's name [default: iqn.2026-11.io.lloop:NAME]
+    #[arg(long, value_parser = iscsi::parse_iqn)]
+    pub iqn: Option<String>,
+    /// An initiator that may log in, by its address (10.0.0.7, 10.0.0.0/24, fd00::/64) or its name (iqn....); may be given several
+    /// times. Names are taken on trust [default: this node only]
+    #[arg(long, value_name = "ADDRESS|IQN", value_parser = iscsi::parse_initiator, conflicts_with = "allow_any")]
+    pub allow_initiator: Vec<iscsi::Initiator>,
+    /// Let every initiator that reaches the address log in
+    #[arg(long)]
+    pub allow_any: bool,
+}
+
+/// Exports of one kind to take back.
+#[derive(Subcommand, Debug)]
+pub enum Unexport {
+    /// Those over NVMe-oF
+    Nvmf {
+        /// The device
+        name: String,
+        /// From this subsystem only
+        #[arg(long, value_parser = export::parse_nqn)]
+        nqn: Option<String>,
+    },
+    /// Those as SCSI disks
+    VhostScsi(UnexportVhost),
+    /// Those as virtio disks
+    VhostBlk(UnexportVhost),
+    /// Those over iSCSI
+    Iscsi {
+        /// The device
+        name: String,
+        /// From this target only
+        #[arg(long, value_parser = iscsi::parse_iqn)]
+        iqn: Option<String>,
+    },
+}
+
+/// `lloop unexport vhost-scsi` and `vhost-blk`
+#[derive(clap::Args, Debug)]
+pub struct UnexportVhost {
+    /// The device
+    pub name: String,
+    /// From this virtual machine's socket only. (The target's own socket is said before `unexport`)
+    #[arg(id = "vhost_socket", long = "socket", value_name = "PATH", value_hint = ValueHint::FilePath)]
+    #[arg(value_parser = vhost::parse_socket)]
+    pub socket: Option<PathBuf>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     fn parse(line: &str) -> Result<Args, clap::error::ErrorKind> {
-        Args::try_parse_from(line.split(' ')).map_err(|e| e.kind())
+        Args::read(line.split(' ')).map_err(|e| e.kind())
     }
 
     #[test]
     fn the_command_line_is_sound() {
-        Args::command().debug_assert();
+        Args::described().debug_assert();
+    }
+
+    #[test]
+    fn two_sockets() {
+        let of = |line: &str| {
+            let args = parse(line).unwrap_or_else(|e| panic!("{line}: {e}"));
+            let vhost = match args.command {
+                Command::Export(Export::VhostScsi(command)) => Some(command.socket),
+                Command::Export(Export::VhostBlk(command)) => Some(command.socket),
+                Command::Unexport { kind: Some(Unexport::VhostBlk(command)), .. } => command.socket,
+                _ => None,
+            };
+            (args.socket.map(|path| path.into_string().unwrap()), vhost.map(|path| path.to_str().unwrap().to_owned()))
+        };
+        let (target, vhost) = (|| Some("/t".to_owned()), || Some("/run/v".to_owned()));
+        assert_eq!(of("lloop export vhost-scsi l --socket /run/v"), (None, vhost()));
+        assert_eq!(of("lloop export vhost-blk l --socket /run/v --read-only"), (None, vhost()));
+        assert_eq!(of("lloop --socket /t export vhost-blk l --socket /run/v"), (target(), vhost()));
+        assert_eq!(of("lloop export --socket /t vhost-scsi --socket /run/v l"), (target(), vhost()));
+        assert_eq!(of("lloop unexport vhost-blk l --socket /run/v"), (None, vhost()));
+        assert_eq!(of("lloop --socket /t unexport vhost-blk l"), (target(), None));
+        assert_eq!(of("lloop unexport l --socket /t"), (target(), None));
+        assert_eq!(of("lloop --socket /u list --socket /t"), (target(), None));
+        assert_eq!(of("lloop export nvmf l --allow-any-host --socket /t"), (target(), None));
     }
 
     #[test]
@@ -230,6 +390,12 @@ mod tests {
             "lloop stat --watch 2 lloop0",
             "lloop options --set a=1 b=2 --set c=3",
             "lloop export nvmf lloop0 --allow-any-host --listen [::1]:4420",
+            "lloop export iscsi lloop0",
+            "lloop export iscsi lloop0 --allow-initiator 10.0.0.0/8 --allow-initiator iqn.1993-08.org.debian:01:x",
+            "lloop unexport lloop0",
+            "lloop unexport lloop0 --nqn nqn.2026-11.io.lloop:x",
+            "lloop unexport nvmf lloop0 --nqn nqn.2026-11.io.lloop:x",
+            "lloop unexport iscsi lloop0 --json",
             "lloop create f --size 0x10000",
             "lloop completions zsh",
         ] {
@@ -245,6 +411,12 @@ mod tests {
             "lloop export nvmf lloop0 --listen localhost",
             "lloop export nvmf lloop0 --allow-any-host --allow-host nqn.2014-08.org.nvmexpress:uuid:x",
             "lloop export nvmf lloop0 --allow-host me",
+            "lloop export vhost-blk lloop0",
+            "lloop export iscsi lloop0 --allow-initiator somebody",
+            "lloop export iscsi lloop0 --allow-initiator 10.0.0.7 --allow-any",
+            "lloop unexport",
+            "lloop unexport lloop0 nvmf",
+            "lloop unexport nvmf",
             "lloop options --set a",
             "lloop list --timeout 0",
             "lloop",

@@ -3,8 +3,9 @@
 use crate::args::Attach;
 use crate::client::Client;
 use crate::error::{Error, Result};
+use crate::exports::{self, Exports};
 use crate::output::Report;
-use crate::{nvmf, size};
+use crate::size;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -73,11 +74,10 @@ pub fn detach(client: &mut Client, name: &str, force: bool) -> Result<Report> {
         Ok(_) => Ok(Report { text: format!("{name} is detached\n"), json: json!({"name": name, "detached": true}) }),
         Err(Error::Refused { code: EBUSY, message }) => {
             // Whether they can be told or not, the refusal is what counts.
-            let subsystems = nvmf::subsystems_if_any(client).ok().flatten().unwrap_or_default();
-            let nqns: Vec<&str> = nvmf::exports_of(&subsystems, name).map(|subsystem| subsystem.nqn.as_str()).collect();
-            let exports = match nqns.as_slice() {
+            let exports = Exports::gather(client).map(|exports| exports.of(name)).unwrap_or_default();
+            let exports = match exports.as_slice() {
                 [] => String::new(),
-                nqns => format!(" (it is exported as {}: lloop unexport {name})", nqns.join(", ")),
+                all => format!(" (it is exported as {}: lloop unexport {name})", exports::names(all)),
             };
             Err(Error::Refused { code: EBUSY, message: message + &exports })
         }
@@ -109,10 +109,9 @@ pub fn resume(client: &mut Client, name: &str) -> Result<Report> {
 mod tests {
     use super::*;
     use crate::args::{Args, Command};
-    use clap::Parser;
 
     fn sent(line: &str) -> Value {
-        match Args::parse_from(line.split(' ')).command {
+        match Args::read(line.split(' ')).unwrap().command {
             Command::Attach(command) => params(&command).unwrap(),
             other => panic!("{other:?}"),
         }

@@ -160,6 +160,11 @@ impl Client {
         Ok(Client { stream, address: address.clone(), timeout, last_id: 0 })
     }
 
+    /// The target is on this node: its files are ours, too.
+    pub fn is_local(&self) -> bool {
+        matches!(self.address, Address::Unix(_))
+    }
+
     /// Calls a method. `params` is an object, or null for none.
     ///
     /// # Errors

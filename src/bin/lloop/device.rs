@@ -42,6 +42,11 @@ impl Device {
         &self.driver_specific.lloop
     }
 
+    /// It takes no writes.
+    pub fn is_read_only(&self) -> bool {
+        self.lloop().get("read_only") == Some(&Value::Bool(true))
+    }
+
     /// One of these, as text.
     pub fn field(&self, key: &str) -> String {
         self.lloop().get(key).map_or_else(|| "-".to_owned(), text)

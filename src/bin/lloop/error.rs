@@ -16,6 +16,9 @@ pub enum Error {
     /// Anything else that failed.
     #[error("{0}")]
     Failed(String),
+    /// The target's answer cannot be read.
+    #[error("{0}")]
+    Unknown(String),
     /// The command line makes no sense.
     #[error("{0} (see lloop --help)")]
     Usage(String),

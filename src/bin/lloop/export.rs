@@ -4,6 +4,7 @@ use crate::args::Nvmf;
 use crate::client::Client;
 use crate::device;
 use crate::error::{Error, Result};
+use crate::exports::{self, Exports};
 use crate::listen;
 use crate::nvmf::{self, default_nqn};
 use crate::output::Report;
@@ -85,6 +86,15 @@ pub fn nvmf(client: &mut Client, command: &Nvmf, hosts: &Hosts) -> Result<Report
     let wanted =
         Wanted { device: &device, nqn: &nqn, hosts, listen: command.listen, serial: command.serial.as_deref() };
     let steps = wanted.missing(&subsystems, &transports)?;
+    let mut others = Exports::gather(client)?.of(&device.name);
+    others.retain(|export| export.kind != "nvmf");
+    if !steps.is_empty() && !others.is_empty() {
+        return Err(Error::Failed(format!(
+            "{0} is exported as {1} already, and NVMe-oF has a device for itself; lloop unexport {0} first",
+            device.name,
+            exports::names(&others)
+        )));
+    }
     carry_out(client, &steps, &device.name)?;
 
     let subsystems = nvmf::subsystems(client)?;
@@ -117,7 +127,10 @@ pub fn nvmf(client: &mut Client, command: &Nvmf, hosts: &Hosts) -> Result<Report
 }
 
 /// Does the steps. When one is refused those before it are taken back, the newest first.
-fn carry_out(client: &mut Client, steps: &[Step], name: &str) -> Result<()> {
+///
+/// # Errors
+/// As [`Client::call`].
+pub fn carry_out(client: &mut Client, steps: &[Step], name: &str) -> Result<()> {
     for (at, step) in steps.iter().enumerate() {
         let (method, params) = &step.call;
         let error = match client.call(method, params.clone()) {

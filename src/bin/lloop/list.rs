@@ -3,7 +3,7 @@
 use crate::client::Client;
 use crate::device::{self, Device};
 use crate::error::Result;
-use crate::nvmf::{self, ListenAddress, Subsystem};
+use crate::exports::{Exported, Exports};
 use crate::output::Report;
 use crate::size;
 use crate::table::{self, Align};
@@ -15,11 +15,10 @@ use serde_json::{Map, Value, json};
 /// As [`Client::call`].
 pub fn list(client: &mut Client) -> Result<Report> {
     let devices = device::all(client)?;
-    let subsystems = nvmf::subsystems_if_any(client)?;
-    Ok(listed(&devices, subsystems.as_deref()))
+    Ok(listed(&devices, &Exports::gather(client)?))
 }
 
-const COLUMNS: [(&str, Align); 8] = [
+const COLUMNS: [(&str, Align); 9] = [
     ("NAME", Align::Left),
     ("SIZE", Align::Right),
     ("BLOCK", Align::Right),
@@ -28,42 +27,64 @@ const COLUMNS: [(&str, Align); 8] = [
     ("FS", Align::Left),
     ("FILE", Align::Left),
     ("EXPORTS", Align::Left),
+    ("CONNECTED", Align::Left),
 ];
 
-fn listed(devices: &[Device], subsystems: Option<&[Subsystem]>) -> Report {
-    let nqns = |device: &Device| -> Option<Vec<String>> {
-        subsystems.map(|all| nvmf::exports_of(all, &device.name).map(|subsystem| subsystem.nqn.clone()).collect())
-    };
-    let row = |device: &Device| {
-        vec![
-            device.name.clone(),
-            size::human(device.size_bytes()),
-            device.block_bytes.to_string(),
-            device.field("state"),
-            device.field("engine"),
-            device.field("fs"),
-            device.field("filename"),
-            match nqns(device) {
-                None => "?".to_owned(),
-                Some(nqns) if nqns.is_empty() => "-".to_owned(),
-                Some(nqns) => nqns.join(","),
-            },
-        ]
-    };
-    let object = |device: &Device| {
-        let mut object = json!({"name": device.name, "size": device.size_bytes(), "block_size": device.block_bytes});
-        for key in ["state", "engine", "fs", "filename", "read_only"] {
-            object[key] = device.lloop().get(key).cloned().unwrap_or_default();
-        }
-        object["exports"] = json!(nqns(device));
-        object
-    };
+fn listed(devices: &[Device], exports: &Exports) -> Report {
     Report {
         text: match devices {
             [] => "No devices are attached; lloop attach FILE attaches one.\n".to_owned(),
-            devices => table::table(&COLUMNS, &devices.iter().map(row).collect::<Vec<_>>()),
+            devices => {
+                table::table(&COLUMNS, &devices.iter().flat_map(|device| rows(device, exports)).collect::<Vec<_>>())
+            }
         },
-        json: devices.iter().map(object).collect(),
+        json: devices.iter().map(|device| object(device, exports)).collect(),
+    }
+}
+
+/// A device, with a line for each of its exports.
+fn rows(device: &Device, exports: &Exports) -> Vec<Vec<String>> {
+    let mut lines: Vec<[String; 2]> =
+        exports.of(&device.name).iter().map(|export| [export.shown(), export.connected_in_words()]).collect();
+    match (exports.are_all_told(), lines.is_empty()) {
+        (true, true) => lines.push(["-".to_owned(), "-".to_owned()]),
+        (true, false) => {}
+        (false, _) => lines.push(["?".to_owned(), "?".to_owned()]),
+    }
+    let mut facts = vec![
+        device.name.clone(),
+        size::human(device.size_bytes()),
+        device.block_bytes.to_string(),
+        device.field("state"),
+        device.field("engine"),
+        device.field("fs"),
+        device.field("filename"),
+    ];
+    let row = |line: [String; 2]| {
+        let blank = vec![String::new(); facts.len()];
+        let mut row = std::mem::replace(&mut facts, blank);
+        row.extend(line);
+        row
+    };
+    lines.into_iter().map(row).collect()
+}
+
+fn object(device: &Device, exports: &Exports) -> Value {
+    let mut object = json!({"name": device.name, "size": device.size_bytes(), "block_size": device.block_bytes});
+    for key in ["state", "engine", "fs", "filename", "read_only"] {
+        object[key] = device.lloop().get(key).cloned().unwrap_or_default();
+    }
+    object["exports"] = for_programs(device, exports);
+    object
+}
+
+/// Null where the target does not tell.
+fn for_programs(device: &Device, exports: &Exports) -> Value {
+    let all = exports.of(&device.name);
+    if all.is_empty() && !exports.are_all_told() {
+        Value::Null
+    } else {
+        all.into_iter().map(|export| export.json).collect()
     }
 }
 
@@ -73,18 +94,17 @@ fn listed(devices: &[Device], subsystems: Option<&[Subsystem]>) -> Report {
 /// As [`Client::call`], and when there is no such device.
 pub fn info(client: &mut Client, name: &str) -> Result<Report> {
     let device = device::find(client, name)?;
-    let subsystems = nvmf::subsystems_if_any(client)?;
-    Ok(informed(&device, subsystems.as_deref()))
+    Ok(informed(&device, &Exports::gather(client)?))
 }
 
-fn informed(device: &Device, subsystems: Option<&[Subsystem]>) -> Report {
-    let exports: Option<Vec<&Subsystem>> = subsystems.map(|all| nvmf::exports_of(all, &device.name).collect());
+fn informed(device: &Device, exports: &Exports) -> Report {
     let io_types: Vec<&str> = device.io_types().collect();
-    let shown = match &exports {
-        None => "unknown: the target does not tell".to_owned(),
-        Some(exports) if exports.is_empty() => "none".to_owned(),
-        Some(exports) => exports.iter().map(|export| in_words(export, &device.name)).collect::<Vec<_>>().join("\n"),
-    };
+    let mut shown: Vec<String> = exports.of(&device.name).iter().map(in_words).collect();
+    if !exports.are_all_told() {
+        shown.push("unknown: the target does not tell".to_owned());
+    } else if shown.is_empty() {
+        shown.push("none".to_owned());
+    }
     let mut facts = vec![
         ("name".to_owned(), device.name.clone()),
         ("size".to_owned(), size::exact(device.size_bytes())),
@@ -94,7 +114,7 @@ fn informed(device: &Device, subsystems: Option<&[Subsystem]>) -> Report {
     flatten("", device.lloop(), &mut facts);
     facts.push(("io types".to_owned(), io_types.join(", ")));
     facts.push(("claimed".to_owned(), device.claimed.to_string()));
-    facts.push(("exports".to_owned(), shown));
+    facts.push(("exports".to_owned(), shown.join("\n")));
 
     let mut object = Map::new();
     object.insert("name".to_owned(), device.name.clone().into());
@@ -104,10 +124,7 @@ fn informed(device: &Device, subsystems: Option<&[Subsystem]>) -> Report {
     object.insert("lloop".to_owned(), device.lloop().clone().into());
     object.insert("io_types".to_owned(), json!(io_types));
     object.insert("claimed".to_owned(), device.claimed.into());
-    object.insert(
-        "exports".to_owned(),
-        exports.map(|all| all.iter().map(|export| for_programs(export, &device.name)).collect()).unwrap_or_default(),
-    );
+    object.insert("exports".to_owned(), for_programs(device, exports));
     Report { text: table::facts(&facts), json: object.into() }
 }
 
@@ -124,27 +141,19 @@ fn flatten(outer: &str, object: &Map<String, Value>, facts: &mut Vec<(String, St
     }
 }
 
-fn in_words(subsystem: &Subsystem, name: &str) -> String {
-    let listeners: Vec<String> = subsystem.listen_addresses.iter().map(ListenAddress::shown).collect();
-    let listeners = if listeners.is_empty() { "nowhere".to_owned() } else { listeners.join(", ") };
-    let nsid = subsystem.namespace_of(name).map_or(0, |namespace| namespace.nsid);
-    format!("{}\n  namespace {nsid}, on {listeners}, for {}", subsystem.nqn, subsystem.hosts_in_words())
-}
-
-fn for_programs(subsystem: &Subsystem, name: &str) -> Value {
-    json!({
-        "nqn": subsystem.nqn,
-        "nsid": subsystem.namespace_of(name).map(|namespace| namespace.nsid),
-        "listen_addresses": subsystem.listen_addresses,
-        "allow_any_host": subsystem.allow_any_host,
-        "hosts": subsystem.hosts.iter().map(|host| host.nqn.as_str()).collect::<Vec<_>>(),
-    })
+fn in_words(export: &Exported) -> String {
+    let connected = match export.connected.as_deref() {
+        None => "cannot be told".to_owned(),
+        Some([]) => "nobody".to_owned(),
+        Some(who) => who.join(", "),
+    };
+    format!("{}\n  {}\n  connected: {connected}", export.shown(), export.words)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{device, nvmf};
+    use crate::{device, exports};
     use serde::Deserialize;
 
     fn device(name: &str) -> Device {
@@ -153,42 +162,46 @@ mod tests {
 
     #[test]
     fn a_table_of_devices() {
-        let report = listed(&[device("lloop0"), device("x")], Some(&nvmf::tests::some()));
+        let report = listed(&[device("lloop0"), device("x")], &exports::tests::some());
         let lines: Vec<&str> = report.text.lines().collect();
-        assert_eq!(lines[0], "NAME      SIZE  BLOCK  STATE  ENGINE   FS      FILE           EXPORTS");
-        assert_eq!(
-            lines[1],
-            "lloop0  64 MiB   4096  bound  threads  lustre  /lustre/a.img  nqn.2026-11.io.lloop:lloop0"
-        );
-        assert!(lines[2].ends_with("  -"));
-        assert_eq!(report.json[0]["exports"], json!(["nqn.2026-11.io.lloop:lloop0"]));
-        assert_eq!(report.json[1]["size"], 64 << 20);
-        let untold = listed(&[device("x")], None);
-        assert!(untold.text.ends_with("  ?\n") && untold.json[0]["exports"].is_null());
+        let column = lines[0].find("EXPORTS").unwrap();
+        assert_eq!(&lines[0][..column], "NAME      SIZE  BLOCK  STATE  ENGINE   FS      FILE           ");
+        assert_eq!(&lines[1][..column], "lloop0  64 MiB   4096  bound  threads  lustre  /lustre/a.img  ");
+        let words = |at: usize| lines[at][column..].split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(words(1), "nqn.2026-11.io.lloop:lloop0 on tcp 127.0.0.1:44321 nqn.h:1");
+        assert_eq!(words(2), "vhost-blk on /run/lloop/blk.sock ?");
+        assert_eq!(words(3), "iqn.2026-11.io.lloop:lloop0 on 127.0.0.1:3260 127.0.0.1");
+        assert!(lines[2].starts_with("   ") && lines.len() == 5);
+        assert_eq!(words(4), "- -");
+        assert_eq!(report.json[0]["exports"][0]["nqn"], "nqn.2026-11.io.lloop:lloop0");
+        assert_eq!((&report.json[1]["size"], &report.json[1]["exports"]), (&json!(64 << 20), &json!([])));
+        let untold = listed(&[device("x")], &Exports::default());
+        assert!(untold.text.trim_end().ends_with('?') && untold.json[0]["exports"].is_null());
     }
 
     #[test]
     fn nothing_attached() {
-        let report = listed(&[], None);
+        let report = listed(&[], &Exports::default());
         assert!(report.text.contains("lloop attach") && report.json == json!([]));
     }
 
     #[test]
     fn all_facts() {
-        let report = informed(&device("lloop0"), Some(&nvmf::tests::some()));
+        let report = informed(&device("lloop0"), &exports::tests::some());
         for line in [
             "name                    lloop0",
             "size                    67108864 bytes (64 MiB)",
             "filename                /lustre/a.img",
             "direct io align memory  4096",
             "io types                read, write",
-            "exports                 nqn.2026-11.io.lloop:lloop0",
-            "                          namespace 1, on tcp 127.0.0.1:44321, for nqn.2014-08.org.nvmexpress:uuid:1",
+            "exports                 nqn.2026-11.io.lloop:lloop0 on tcp 127.0.0.1:44321",
+            "                          namespace 1, for nqn.2014-08.org.nvmexpress:uuid:1",
+            "                          connected: nqn.h:1",
         ] {
             assert!(report.text.lines().any(|l| l == line), "{line} in\n{}", report.text);
         }
         assert_eq!(report.json["lloop"]["fs"], "lustre");
         assert_eq!(report.json["exports"][0]["listen_addresses"][0]["trsvcid"], "44321");
-        assert!(informed(&device("y"), None).text.contains("does not tell"));
+        assert!(informed(&device("y"), &Exports::default()).text.contains("does not tell"));
     }
 }

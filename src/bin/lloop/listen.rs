@@ -11,12 +11,18 @@ const DEFAULT_PORT: u16 = 4420;
 /// # Errors
 /// A sentence with examples.
 pub fn parse(text: &str) -> Result<SocketAddr, String> {
+    parse_with(text, DEFAULT_PORT, "say an IP address and a port, like 10.0.0.5:4420 or [fd00::5]:4420")
+}
+
+/// An address with a port, or without, in which case it has `default_port`.
+///
+/// # Errors
+/// `examples`, or a sentence.
+pub fn parse_with(text: &str, default_port: u16, examples: &str) -> Result<SocketAddr, String> {
     let unbracketed = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
     let address = match unbracketed.parse::<IpAddr>() {
-        Ok(ip) => SocketAddr::new(ip, DEFAULT_PORT),
-        Err(_) => {
-            text.parse().map_err(|_| "say an IP address and a port, like 10.0.0.5:4420 or [fd00::5]:4420".to_owned())?
-        }
+        Ok(ip) => SocketAddr::new(ip, default_port),
+        Err(_) => text.parse().map_err(|_| examples.to_owned())?,
     };
     if address.port() == 0 { Err("port 0 is none".to_owned()) } else { Ok(address) }
 }

@@ -9,27 +9,32 @@ mod create;
 mod device;
 mod error;
 mod export;
+mod exports;
+mod iscsi;
+mod iscsi_export;
 mod list;
 mod listen;
 mod nvmf;
 mod options;
 mod output;
+mod peers;
 mod plan;
 mod size;
 mod stat;
 mod table;
 mod unexport;
+mod vhost;
+mod vhost_export;
 mod watch;
 
 use args::{Args, Command, Export};
-use clap::{CommandFactory, Parser};
 use client::Client;
 use error::{Error, Result};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let args = Args::read(std::env::args_os()).unwrap_or_else(|e| e.exit());
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         // Whoever reads has enough (`lloop list | head -1`); what was asked for was done.
@@ -65,11 +70,24 @@ fn run(args: &Args) -> Result<()> {
             let hosts = export::Hosts::chosen(command)?;
             export::nvmf(&mut target()?, command, &hosts)?
         }
-        Command::Unexport { name, nqn } => unexport::unexport(&mut target()?, name, nqn.as_deref())?,
+        Command::Export(Export::VhostScsi(command)) => {
+            vhost_export::scsi(&mut target()?, &command.name, &command.socket)?
+        }
+        Command::Export(Export::VhostBlk(command)) => {
+            vhost_export::block(&mut target()?, &command.name, &command.socket, command.read_only)?
+        }
+        Command::Export(Export::Iscsi(command)) => {
+            let allowed = iscsi::Allowed::chosen(command)?;
+            iscsi_export::export(&mut target()?, command, &allowed)?
+        }
+        Command::Unexport { name, nqn, kind } => {
+            let (name, which) = unexport::Which::chosen(name.as_deref(), nqn.as_deref(), kind.as_ref());
+            unexport::unexport(&mut target()?, name, &which)?
+        }
         Command::Options { set } => options::options(&mut target()?, set)?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(*shell, &mut Args::command(), "lloop", &mut script);
+            clap_complete::generate(*shell, &mut Args::described(), "lloop", &mut script);
             return output::write(&script);
         }
     };

@@ -3,7 +3,7 @@
 use crate::client::Client;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::net::{IpAddr, SocketAddr};
 
 /// A subsystem.
@@ -92,6 +92,12 @@ impl Subsystem {
 }
 
 impl ListenAddress {
+    /// As the kernel knows it, over TCP.
+    pub fn socket_address(&self) -> Option<SocketAddr> {
+        let is_tcp = self.trtype.eq_ignore_ascii_case("tcp");
+        Some(SocketAddr::new(self.traddr.parse().ok()?, self.trsvcid.parse().ok()?)).filter(|_| is_tcp)
+    }
+
     /// "tcp 10.0.0.5:4420"
     pub fn shown(&self) -> String {
         let Self { trtype, traddr, trsvcid, .. } = self;
@@ -138,10 +144,27 @@ pub fn subsystems_if_any(client: &mut Client) -> Result<Option<Vec<Subsystem>>> 
     }
 }
 
+/// The names of the hosts that are connected to a subsystem; `None` where the target does not tell (SPDK v20.07).
+///
+/// # Errors
+/// Only when the target has gone.
+pub fn connected_hosts(client: &mut Client, nqn: &str) -> Result<Option<Vec<String>>> {
+    match client.call("nvmf_subsystem_get_controllers", json!({"nqn": nqn})) {
+        Ok(reply) => {
+            let hosts = reply.as_array().into_iter().flatten().filter_map(|controller| controller["hostnqn"].as_str());
+            let mut hosts: Vec<String> = hosts.map(str::to_owned).collect();
+            hosts.sort_unstable();
+            hosts.dedup();
+            Ok(Some(hosts))
+        }
+        Err(Error::Refused { .. }) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use serde_json::json;
 
     /// Subsystems as SPDK v20.07 and v26.05 show them.
     pub fn some() -> Vec<Subsystem> {
