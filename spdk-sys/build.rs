@@ -38,7 +38,7 @@ const FUNCTIONS: &[&str] = &[
     "spdk_json_write_.*",
     "spdk_jsonrpc_(begin_result|end_result|send_error_response)",
     "spdk_rpc_register_method",
-    "spdk_log_(set_level|set_print_level|get_print_level|set_flag|get_flag)",
+    "spdk_log(|_set_level|_set_print_level|_get_print_level|_set_flag|_get_flag)",
     "spdk_pci_addr_(parse|fmt)",
     "vsnprintf",
 ];
