@@ -52,7 +52,7 @@ packages=(
 	libclang-dev clang
 	libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
 )
-[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv libiscsi-bin)
+[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv libiscsi-bin fdisk)
 [ -z "$fio" ] || packages+=(fio)
 
 install_packages() {

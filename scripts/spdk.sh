@@ -17,6 +17,8 @@ aarch64) ARCH=armv8-a+crc+crypto ;;
 *) die "SPDK builds on x86_64 and aarch64, this machine is $(uname -m)" ;;
 esac
 OPTIONS=(--disable-tests --disable-unit-tests --with-uring --with-vhost --with-virtio --without-isal "--target-arch=$ARCH")
+# (The crypto bdev's library is written in x86's assembler.)
+[ "$(uname -m)" != x86_64 ] || OPTIONS+=(--with-crypto)
 
 if [ -n "${SPDK_DIR:-}" ]; then
 	[ -d "$SPDK_DIR" ] || die "SPDK_DIR=$SPDK_DIR is not a folder" "unset it to let this script build SPDK v$SPDK_WANTED"

@@ -81,6 +81,12 @@ const DPDK_LIBS_WITHOUT_PKG_CONFIG: &[&str] = &[
     "hash",
     "ethdev",
     "meter",
+    // The crypto bdev's.
+    "bus_vdev",
+    "compressdev",
+    "reorder",
+    "pmd_aesni_mb",
+    "pmd_qat",
 ];
 const SYSTEM_LIBS_WITHOUT_PKG_CONFIG: &[&str] =
     &["numa", "dl", "rt", "uuid", "crypto", "ssl", "aio", "uring", "pthread", "m"];
@@ -227,6 +233,12 @@ fn link(spdk: &Path) {
             if dpdk.join(format!("librte_{name}.a")).exists() {
                 link_whole(&format!("rte_{name}"));
             }
+        }
+        // What pmd_aesni_mb computes with, in the tree itself.
+        let ipsec = spdk.join("intel-ipsec-mb");
+        if ipsec.join("libIPSec_MB.a").exists() {
+            println!("cargo::rustc-link-search=native={}", ipsec.display());
+            println!("cargo::rustc-link-lib=static:-bundle=IPSec_MB");
         }
         for name in SYSTEM_LIBS_WITHOUT_PKG_CONFIG {
             println!("cargo::rustc-link-lib=dylib={name}");

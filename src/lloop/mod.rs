@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::os::file::Identity;
 use crate::os::task::Blocking;
 use crate::os::{clock, ring};
+use crate::spdk::app;
 use crate::spdk::bdev::{self, BdevHandle, FiniDone};
 use crate::spdk::log;
 use crate::spdk::memory::MemoryWatch;
@@ -73,6 +74,8 @@ impl bdev::Module for Lloop {
 
     fn init() -> Result<(), i32> {
         log::forward_to_spdk();
+        // (Bdev modules start before iSCSI does.)
+        app::unname_iscsi_memory();
         let start = || -> Result<()> {
             let reactor_cpus = thread::reactor_cpus();
             clock::ticks_hz();

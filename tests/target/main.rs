@@ -5,9 +5,11 @@ mod common;
 
 mod bad_input;
 mod cli;
+mod composition;
 mod durability;
 mod fio;
 mod io;
+mod iscsi;
 mod life;
 mod programs;
 mod scripts;
