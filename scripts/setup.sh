@@ -2,8 +2,9 @@
 # Sets this machine up to build and run lloop: Debian packages, a built SPDK, hugepages, and lloop itself.
 # Safe to run again: what is there already is left alone. Needs root for packages and hugepages only.
 #
-# usage: setup.sh [--tests] [--hugepages MIB] [--no-build] [--undo-hugepages]
-#   --tests            also what scripts/test.sh needs: SPDK's bdevio, bdevperf and spdk_dd with lloop inside
+# usage: setup.sh [--tests] [--fio] [--hugepages MIB] [--no-build] [--undo-hugepages]
+#   --tests            also what scripts/test.sh needs: SPDK's own programs with lloop inside, and all of --fio
+#   --fio              also Debian's fio and, for it, SPDK's plugin with lloop inside (docs/fio.md)
 #   --hugepages MIB    free hugepage memory to have at least (default 1024; 2048 with --tests)
 #   --no-build         stop before cargo build
 #   --undo-hugepages   put the number of hugepages back to what it was before the first run, and exit
@@ -13,10 +14,11 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-tests='' build=yes hugepages_mib=''
+tests='' fio='' build=yes hugepages_mib=''
 while [ $# -gt 0 ]; do
 	case $1 in
-	--tests) tests=yes ;;
+	--tests) tests=yes fio=yes ;;
+	--fio) fio=yes ;;
 	--no-build) build='' ;;
 	--hugepages)
 		[[ ${2:-} =~ ^[0-9]+$ ]] || die "--hugepages wants a number of MiB"
@@ -50,7 +52,8 @@ packages=(
 	libclang-dev clang
 	libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
 )
-[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv)
+[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv libiscsi-bin fdisk)
+[ -z "$fio" ] || packages+=(fio)
 
 install_packages() {
 	local missing=() package
@@ -115,6 +118,11 @@ reserve_hugepages
 cd "$LLOOP_ROOT"
 if [ -n "$build" ]; then
 	quietly "building lloop with SPDK v$(spdk_version "$SPDK_DIR")" "$CARGO_TARGET_DIR/build.log" cargo build --release --locked
+	"$LLOOP_ROOT/scripts/liblloop-so.sh" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
+fi
+if [ -n "$fio" ]; then
+	plugin=$("$LLOOP_ROOT/scripts/fio-plugin.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a")
+	[ -n "$tests" ] || note "fio's plugin is $plugin; docs/fio.md says how to use it"
 fi
 if [ -n "$tests" ]; then
 	"$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
@@ -125,6 +133,7 @@ if [ -n "$tests" ]; then
 			cc -O2 -Wall -Wextra -Werror -shared -fPIC -o "$shim.new" "$LLOOP_ROOT/tests/lustre.c"
 		mv "$shim.new" "$shim"
 	fi
+	"$LLOOP_ROOT/scripts/spdk-shared.sh" "$SPDK_DIR" >/dev/null
 	# SPDK's client as PyPI has it: the plugin is tested with it, too.
 	venv=$LLOOP_CACHE/pypi-venv
 	if ! "$venv/bin/python" -c 'import spdk.rpc' 2>/dev/null; then

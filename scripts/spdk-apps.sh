@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds SPDK's own programs with lloop inside: bdevio and bdevperf (SPDK's test suites) and spdk_dd. Prints the folder they
-# are in as its last line.
+# Builds SPDK's own programs with lloop inside: bdevio and bdevperf (SPDK's test suites), spdk_dd and spdk_tgt. Prints the
+# folder they are in as its last line.
 #
 # Their sources are copied out of the SPDK tree and built beside our own build, so that the tree stays as it is: it may be
 # somebody's own, or read-only. liblloop.a comes in by LDFLAGS, without a patch.
@@ -31,7 +31,7 @@ build() { # NAME SOURCE
 	[ -x "$out/$name" ]
 }
 
-for app in bdevio:test/bdev/bdevio "bdevperf:$(cd "$spdk" && ls -d test/bdev/bdevperf examples/bdev/bdevperf 2>/dev/null | head -n 1)" spdk_dd:app/spdk_dd; do
+for app in bdevio:test/bdev/bdevio "bdevperf:$(cd "$spdk" && ls -d test/bdev/bdevperf examples/bdev/bdevperf 2>/dev/null | head -n 1)" spdk_dd:app/spdk_dd spdk_tgt:app/spdk_tgt; do
 	name=${app%%:*}
 	if [ "$out/$name" -nt "$library" ] && [ "$out/$name" -nt "$LLOOP_ROOT/tests/lcores.c" ] && [ "$out/$name" -nt "$spdk/build/lib/libspdk_bdev.a" ]; then continue; fi
 	rm -f "$out/$name"

@@ -6,6 +6,7 @@
 # and the stamp is written last. Two runs at once wait for each other on a lock.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+. "$LLOOP_ROOT/scripts/debian-source.sh"
 exec 3>&1 1>&2 # progress goes to stderr; only the answer goes to stdout
 
 SPDK_WANTED=20.07
@@ -16,6 +17,8 @@ aarch64) ARCH=armv8-a+crc+crypto ;;
 *) die "SPDK builds on x86_64 and aarch64, this machine is $(uname -m)" ;;
 esac
 OPTIONS=(--disable-tests --disable-unit-tests --with-uring --with-vhost --with-virtio --without-isal "--target-arch=$ARCH")
+# (The crypto bdev's library is written in x86's assembler.)
+[ "$(uname -m)" != x86_64 ] || OPTIONS+=(--with-crypto)
 
 if [ -n "${SPDK_DIR:-}" ]; then
 	[ -d "$SPDK_DIR" ] || die "SPDK_DIR=$SPDK_DIR is not a folder" "unset it to let this script build SPDK v$SPDK_WANTED"
@@ -43,25 +46,6 @@ if [ -e "$stamp" ] && spdk_is_built "$tree"; then
 fi
 rm -rf "$tree"
 
-# The Debian archives of this machine's own configuration, as apt itself understands it (either list format).
-archives() {
-	apt-get indextargets --format '$(REPO_URI)|$(ORIGIN)|$(LABEL)' 'Created-By: Packages' 2>/dev/null |
-		awk -F'|' '$2 == "Debian" && $3 == "Debian" { print $1 }' | sort -u
-}
-
-# fetch_source SUITE URI FOLDER: the source tarball of `ceph` in FOLDER, through private apt lists; apt checks signatures.
-fetch_source() {
-	local suite=$1 uri=$2 folder=$3 signed='' keyring=/usr/share/keyrings/debian-archive-keyring.gpg
-	mkdir -p "$folder/lists/partial" "$folder/cache/archives/partial"
-	[ -r "$keyring" ] && signed="[signed-by=$keyring] "
-	printf 'deb-src %s%s %s main\n' "$signed" "$uri" "$suite" >"$folder/sources.list"
-	local options=(-q -o "Dir::Etc::SourceList=$folder/sources.list" -o Dir::Etc::SourceParts=/dev/null
-		-o "Dir::State::Lists=$folder/lists" -o "Dir::Cache=$folder/cache" -o APT::Sandbox::User=root)
-	(cd "$folder" && step apt-get "${options[@]}" update &&
-		step apt-get "${options[@]}" source --tar-only --download-only ceph) || return 1
-	ls "$folder"/ceph_*.orig.tar.* >/dev/null 2>&1
-}
-
 obtain() {
 	local suite uri work tarball found=''
 	work=$LLOOP_CACHE/fetch
@@ -70,7 +54,7 @@ obtain() {
 		while read -r uri; do
 			rm -rf "$work"
 			mkdir -p "$work"
-			fetch_source "$suite" "$uri" "$work" || continue
+			fetch_source "$suite" "$uri" "$work" ceph || continue
 			tarball=$(ls "$work"/ceph_*.orig.tar.* | head -n 1)
 			mkdir "$work/unpacked"
 			step tar -C "$work/unpacked" -xf "$tarball" --wildcards '*/src/spdk' || continue
@@ -81,7 +65,7 @@ obtain() {
 				return 0
 			fi
 			printf 'suite %s carries SPDK "%s", wanted %s\n' "$suite" "$(spdk_version "$found")" "$SPDK_WANTED"
-		done < <(archives)
+		done < <(debian_archives)
 	done
 	rm -rf "$work"
 	printf 'no suite of the configured Debian archive has SPDK v%s in its ceph source package\n' "$SPDK_WANTED"

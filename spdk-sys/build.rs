@@ -41,7 +41,7 @@ const FUNCTIONS: &[&str] = &[
     "spdk_json_write_.*",
     "spdk_jsonrpc_(begin_result|end_result|send_error_response)",
     "spdk_rpc_register_method",
-    "spdk_log_(set_level|set_print_level|get_print_level|set_flag|get_flag)",
+    "spdk_log(|_set_level|_set_print_level|_get_print_level|_set_flag|_get_flag)",
     "spdk_pci_addr_(parse|fmt)",
     "spdk_vhost_set_socket_path",
     "vsnprintf",
@@ -85,6 +85,12 @@ const DPDK_LIBS_WITHOUT_PKG_CONFIG: &[&str] = &[
     "hash",
     "ethdev",
     "meter",
+    // The crypto bdev's.
+    "bus_vdev",
+    "compressdev",
+    "reorder",
+    "pmd_aesni_mb",
+    "pmd_qat",
 ];
 const SYSTEM_LIBS_WITHOUT_PKG_CONFIG: &[&str] =
     &["numa", "dl", "rt", "uuid", "crypto", "ssl", "aio", "uring", "pthread", "m"];
@@ -236,6 +242,12 @@ fn link(spdk: &Path) {
             if dpdk.join(format!("librte_{name}.a")).exists() {
                 link_whole(&format!("rte_{name}"));
             }
+        }
+        // What pmd_aesni_mb computes with, in the tree itself.
+        let ipsec = spdk.join("intel-ipsec-mb");
+        if ipsec.join("libIPSec_MB.a").exists() {
+            println!("cargo::rustc-link-search=native={}", ipsec.display());
+            println!("cargo::rustc-link-lib=static:-bundle=IPSec_MB");
         }
         for name in SYSTEM_LIBS_WITHOUT_PKG_CONFIG {
             println!("cargo::rustc-link-lib=dylib={name}");

@@ -12,7 +12,9 @@ use crate::error::{Error, Result};
 use crate::os::file::Identity;
 use crate::os::task::Blocking;
 use crate::os::{clock, ring};
+use crate::spdk::app;
 use crate::spdk::bdev::{self, BdevHandle, FiniDone};
+use crate::spdk::log;
 use crate::spdk::memory::MemoryWatch;
 use crate::spdk::thread::{self, Owned};
 use channel::{GROUPS, Token};
@@ -71,6 +73,9 @@ impl bdev::Module for Lloop {
     const NAME: &'static CStr = c"lloop";
 
     fn init() -> Result<(), i32> {
+        log::forward_to_spdk();
+        // (Bdev modules start before iSCSI does.)
+        app::unname_iscsi_memory();
         let start = || -> Result<()> {
             let reactor_cpus = thread::reactor_cpus();
             clock::ticks_hz();

@@ -185,6 +185,7 @@ pub fn run(options: &AppOptions, started: impl FnOnce() + 'static) -> Result<i32
     extern "C" fn start(context: *mut c_void) {
         // SAFETY: points to `started` above, which outlives spdk_app_start.
         let started = unsafe { &mut *context.cast::<Option<Box<dyn FnOnce()>>>() };
+        unname_iscsi_memory();
         if let Some(started) = started.take() {
             super::guard("starting", started);
         }
@@ -213,6 +214,14 @@ fn pci_addresses(options: &AppOptions, strings: &mut Strings) -> Result<Vec<sys:
             }
         })
         .collect()
+}
+
+/// SPDK v20.07 keeps its iSCSI connections in shared memory, under one name for all processes that have no shared memory id:
+/// each that starts zeroes those of the one that runs already. Called before SPDK makes that memory, so that it gets one of its
+/// own, and after, so that nobody else finds it.
+pub fn unname_iscsi_memory() {
+    // (Where there is none, there is nothing to do.)
+    let _ = std::fs::remove_file("/dev/shm/spdk_iscsi_conns.-1");
 }
 
 /// Ends the application with an exit code. On the application's thread.

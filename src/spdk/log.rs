@@ -1,9 +1,12 @@
-//! SPDK's log goes to `tracing`.
+//! SPDK's log goes to `tracing` in lloop_tgt; in SPDK's own programs what lloop has to say goes to SPDK's log.
 
 use spdk_sys as sys;
 use spdk_sys::compat::{self, VaList};
 use spdk_sys::spdk_log_level as level;
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::io::{self, Write};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 /// The log callback for `spdk_app_opts`.
 ///
@@ -70,5 +73,52 @@ impl Level {
             Level::Info => level::SPDK_LOG_INFO,
             Level::Debug => level::SPDK_LOG_DEBUG,
         }
+    }
+}
+
+/// Hands what is told to `tracing` to SPDK's log, unless somebody listens to it already. (A program of SPDK's own, with lloop
+/// linked or preloaded, has no listener, and a warning that nobody hears is none.)
+pub fn forward_to_spdk() {
+    let filter = EnvFilter::try_from_env("LLOOP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let subscriber = tracing_subscriber::fmt().with_writer(SpdkLog).with_env_filter(filter);
+    // An error says that there is a listener.
+    let _ = subscriber.without_time().with_target(false).with_ansi(false).try_init();
+}
+
+/// Makes a [`Line`] for an event.
+struct SpdkLog;
+
+/// Where an event's text is written to, all of it in one call.
+struct Line(sys::spdk_log_level::Type);
+
+impl<'a> MakeWriter<'a> for SpdkLog {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line(level::SPDK_LOG_NOTICE)
+    }
+
+    fn make_writer_for(&'a self, event: &tracing::Metadata<'_>) -> Line {
+        Line(match *event.level() {
+            tracing::Level::ERROR => level::SPDK_LOG_ERROR,
+            tracing::Level::WARN => level::SPDK_LOG_WARN,
+            tracing::Level::INFO => level::SPDK_LOG_NOTICE,
+            tracing::Level::DEBUG | tracing::Level::TRACE => level::SPDK_LOG_DEBUG,
+        })
+    }
+}
+
+impl Write for Line {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        let line = CString::new(text)?;
+        // SAFETY: the format takes one C string, which is given; SPDK takes null for "no place in the source".
+        unsafe {
+            sys::spdk_log(self.0, std::ptr::null(), -1, std::ptr::null(), c"lloop: %s".as_ptr(), line.as_ptr());
+        }
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

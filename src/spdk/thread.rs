@@ -3,6 +3,7 @@
 //! For the control plane only. A message costs an allocation and some hundred nanoseconds, and SPDK ends the process when its
 //! message pool is exhausted; no I/O sends any.
 
+use super::poller::Poller;
 use spdk_sys as sys;
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
@@ -12,6 +13,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
+
+/// How often the poller of a waiting future is called; it does nothing.
+const PENDING_PERIOD_US: u64 = 1_000_000;
 
 /// Set when the application's threads are about to end: a message to one that is gone would end the process.
 static CLOSED: Mutex<bool> = Mutex::new(false);
@@ -121,11 +125,14 @@ impl<V> Owned<V> {
 /// A future that is polled on its SPDK thread only, so it need not be Send.
 struct Task {
     future: UnsafeCell<Option<Pin<Box<dyn Future<Output = ()>>>>>,
+    /// While the future waits for another thread, its own must not look idle: a program without reactors (SPDK's fio plugin)
+    /// ends a thread that does, though modules have not finished.
+    busy: UnsafeCell<Option<Poller>>,
     home: Thread,
     queued: AtomicBool,
 }
 
-// SAFETY: `future` is touched on the home thread only (see `run` and `Drop`); the rest is Sync.
+// SAFETY: `future` and `busy` are touched on the home thread only (see `run` and `Drop`); the rest is Sync.
 unsafe impl Send for Task {}
 // SAFETY: as above.
 unsafe impl Sync for Task {}
@@ -159,8 +166,14 @@ impl Task {
         let Some(future) = slot else { return };
         let waker = Waker::from(self.clone());
         let poll = super::guard("a task", || future.as_mut().poll(&mut Context::from_waker(&waker)));
+        // SAFETY: as above.
+        let busy = unsafe { &mut *self.busy.get() };
         if !matches!(poll, Some(Poll::Pending)) {
             *slot = None;
+            *busy = None;
+        } else if busy.is_none() {
+            // (Without memory for it everything but such a program goes on as well.)
+            *busy = Poller::register(c"lloop_pending", PENDING_PERIOD_US, || false).ok();
         }
     }
 }
@@ -170,6 +183,7 @@ impl Drop for Task {
         // A future that was not finished when the application ended may hold what belongs to the home thread: keep off it.
         if !self.home.is_current() {
             std::mem::forget(self.future.get_mut().take());
+            std::mem::forget(self.busy.get_mut().take());
         }
     }
 }
@@ -180,7 +194,12 @@ impl Drop for Task {
 /// When the caller is not on an SPDK thread.
 pub fn spawn(future: impl Future<Output = ()> + 'static) {
     let home = Thread::current().expect("spawn is called on an SPDK thread");
-    let task = Arc::new(Task { future: UnsafeCell::new(Some(Box::pin(future))), home, queued: AtomicBool::new(true) });
+    let task = Arc::new(Task {
+        future: UnsafeCell::new(Some(Box::pin(future))),
+        busy: UnsafeCell::default(),
+        home,
+        queued: AtomicBool::new(true),
+    });
     task.run();
 }
 

@@ -60,12 +60,16 @@ impl Target {
 
     /// Starts one by `command` in `folder`.
     pub fn start_by(command: &mut Command, args: &[&str], folder: tempfile::TempDir) -> Self {
+        Self::start_program(command.arg("--disable-cpumask-locks").args(args), folder)
+    }
+
+    /// Starts another program of SPDK's kind, which knows SPDK's own options.
+    pub fn start_program(command: &mut Command, folder: tempfile::TempDir) -> Self {
         // The kernel limits a socket's path to 107 bytes, and build folders can be deep.
         let socket = std::env::temp_dir().join(format!("lloop-{}-{}.sock", std::process::id(), unique()));
         let log = std::fs::File::create(folder.path().join("log")).unwrap();
         command
-            .args(["-m", "0x1", "-s", "512", "--disable-cpumask-locks", "-r", socket.to_str().unwrap()])
-            .args(args)
+            .args(["-m", "0x1", "-s", "512", "-r", socket.to_str().unwrap()])
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
@@ -288,15 +292,21 @@ pub fn call(socket: &Path, method: &str, params: &Value) -> std::io::Result<Resu
     }
 }
 
-/// One of SPDK's own programs with lloop inside, as scripts/test.sh builds them, ready to share its cores and touch no PCI.
-pub fn spdk_app(name: &str) -> Command {
+/// What scripts/test.sh has built beside lloop out of SPDK's sources.
+pub fn beside(name: &str) -> PathBuf {
     let apps = std::env::var_os("LLOOP_SPDK_APPS").expect("LLOOP_SPDK_APPS is set: run the tests by scripts/test.sh");
     let path = Path::new(&apps).join(name);
     assert!(path.exists(), "{} is missing: run the tests by scripts/test.sh", path.display());
-    let mut command = Command::new(&path);
+    path
+}
+
+/// One of SPDK's own programs with lloop inside, as scripts/test.sh builds them, ready to share its cores and touch no PCI.
+pub fn spdk_app(name: &str) -> Command {
+    let mut command = Command::new(beside(name));
     command.arg("-u");
     // Their folder is named after SPDK's version; newer ones lock their cores unless told not to, older ones know no such option.
-    let version: f32 = Path::new(&apps).file_name().and_then(|v| v.to_str()?.parse().ok()).expect("a version");
+    let apps = std::env::var_os("LLOOP_SPDK_APPS").map(PathBuf::from).unwrap();
+    let version: f32 = apps.file_name().and_then(|v| v.to_str()?.parse().ok()).expect("a version");
     if version > 22.0 {
         command.arg("--disable-cpumask-locks");
     }

@@ -5,10 +5,14 @@ mod common;
 
 mod bad_input;
 mod cli;
+mod composition;
 mod durability;
 mod interrupt;
+mod fio;
 mod io;
+mod iscsi;
 mod life;
+mod programs;
 mod scripts;
 mod slow;
 mod standin;

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Makes the spdk_tgt of a SPDK built --with-shared out of a static tree, for the test of liblloop.so: SPDK compiles the same
+# objects either way, so its own makefiles only have to link them again (some 5 seconds). Prints the program's path as its last
+# line.
+#
+# The tree stays as it is; what is linked lies beside our own build.
+#
+# usage: spdk-shared.sh SPDK_DIR
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+exec 3>&1 1>&2
+
+[ $# -eq 1 ] || die "usage: spdk-shared.sh SPDK_DIR"
+spdk=$1
+copy=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$spdk")/shared
+program=$copy/build/bin/spdk_tgt
+
+build() {
+	local entry part dpdk options
+	rm -rf "$copy"
+	mkdir -p "$copy/build/bin"
+	# With their times: make must find the objects up to date.
+	(cd "$spdk" && tar -cf - --exclude='*.so' --exclude='*.so.*' include lib module mk shared_lib build/lib build/include app/spdk_tgt) | tar -C "$copy" -xf -
+	for entry in "$spdk"/*; do
+		[ -e "$copy/${entry##*/}" ] || ln -s "$entry" "$copy/${entry##*/}"
+	done
+	dpdk=$(sed -n 's/^CONFIG_DPDK_DIR?*=//p' "$spdk/mk/config.mk")
+	options=("SPDK_ROOT_DIR=$copy" "CONFIG_ENV=$copy/lib/env_dpdk" CONFIG_SHARED=y)
+	export PATH=/usr/bin:/bin:/usr/sbin:/sbin:$PATH
+	for part in lib module shared_lib; do step make -C "$copy/$part" "${options[@]}" -j"$(nproc)" || return 1; done
+	# The old kind of path also counts for the libraries that libraries need.
+	LDFLAGS="-Wl,--disable-new-dtags,-rpath,$copy/build/lib:$dpdk/lib" step make -C "$copy/app/spdk_tgt" "${options[@]}"
+	[ -x "$program" ]
+}
+
+if ! [ "$program" -nt "$spdk/build/lib/libspdk_bdev.a" ]; then
+	mkdir -p "${copy%/*}"
+	quietly "linking SPDK v$(spdk_version "$spdk") as shared libraries" "${copy%/*}/shared.log" build
+fi
+printf '%s\n' "$program" >&3
