@@ -11,7 +11,7 @@ use crate::engine::{Pool, PoolOptions};
 use crate::error::{Error, Result};
 use crate::os::file::Identity;
 use crate::os::task::Blocking;
-use crate::os::{clock, ring};
+use crate::os::{clock, ring, user};
 use crate::spdk::bdev::{self, BdevHandle, FiniDone};
 use crate::spdk::memory::MemoryWatch;
 use crate::spdk::thread::{self, Owned};
@@ -71,6 +71,8 @@ impl bdev::Module for Lloop {
     const NAME: &'static CStr = c"lloop";
 
     fn init() -> Result<(), i32> {
+        // (DPDK has made its own by now, and vhost's sockets come later.)
+        user::folders_are_made();
         let start = || -> Result<()> {
             let reactor_cpus = thread::reactor_cpus();
             clock::ticks_hz();

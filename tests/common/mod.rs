@@ -59,7 +59,8 @@ impl Target {
         let socket = std::env::temp_dir().join(format!("lloop-{}-{}.sock", std::process::id(), unique()));
         let log = std::fs::File::create(folder.path().join("log")).unwrap();
         command
-            .args(["-m", "0x1", "-s", "512", "--disable-cpumask-locks", "-r", socket.to_str().unwrap()])
+            .args(["-m", "0x1", "--disable-cpumask-locks", "-r", socket.to_str().unwrap()])
+            .args(if args.contains(&"-s") { &[][..] } else { &["-s", "512"] })
             .args(args)
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
@@ -238,6 +239,18 @@ pub fn remove_leftovers(pid: u32) {
             let _ = std::fs::remove_file(entry.path());
         }
     }
+}
+
+/// Whether `condition` comes true within a minute.
+pub fn eventually(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    true
 }
 
 fn unique() -> u16 {

@@ -9,5 +9,6 @@ mod durability;
 mod io;
 mod life;
 mod scripts;
+mod security;
 mod slow;
 mod suites;
