@@ -8,6 +8,7 @@ mod cli;
 mod durability;
 mod io;
 mod life;
+mod metrics;
 mod scripts;
 mod security;
 mod slow;

@@ -9,12 +9,17 @@ mod create;
 mod device;
 mod error;
 mod export;
+mod exporter;
 mod list;
 mod listen;
+mod live;
+mod man;
 mod nvmf;
 mod options;
 mod output;
 mod plan;
+mod prometheus;
+mod save;
 mod size;
 mod stat;
 mod table;
@@ -27,6 +32,7 @@ use client::Client;
 use error::{Error, Result};
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -54,13 +60,21 @@ fn run(args: &Args) -> Result<()> {
             attach::resize(&mut target()?, name, size.or(*size_option).unwrap_or(0))?
         }
         Command::Resume { name } => attach::resume(&mut target()?, name)?,
-        Command::Stat { name, watch } => {
+        Command::Stat { name, prometheus: true, .. } => {
+            return output::write(prometheus::collect(&mut target()?, name.as_deref())?.as_bytes());
+        }
+        Command::Stat { name, watch, .. } => {
             let (name, interval) = watch::what(name.as_deref(), watch.as_ref().map(Option::as_deref))?;
             match interval {
-                Some(interval) => return watch::watch(&mut target()?, name, interval, args.json),
+                Some(interval) => return watch::watch(&target, &args.address(), name, interval, args.json),
                 None => stat::once(&mut target()?, name)?,
             }
         }
+        Command::Exporter { listen } => {
+            let (address, timeout) = (args.address(), args.timeout());
+            return exporter::serve(Arc::new(move || Client::connect(&address, timeout)), *listen);
+        }
+        Command::Save { file } => save::save(&mut target()?, file)?,
         Command::Export(Export::Nvmf(command)) => {
             let hosts = export::Hosts::chosen(command)?;
             export::nvmf(&mut target()?, command, &hosts)?
@@ -72,6 +86,7 @@ fn run(args: &Args) -> Result<()> {
             clap_complete::generate(*shell, &mut Args::command(), "lloop", &mut script);
             return output::write(&script);
         }
+        Command::Man => return output::write(&man::page()?),
     };
     report.print(args.json)
 }
