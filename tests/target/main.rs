@@ -6,6 +6,7 @@ mod common;
 mod bad_input;
 mod cli;
 mod durability;
+mod install;
 mod io;
 mod life;
 mod metrics;
