@@ -50,7 +50,7 @@ packages=(
 	libclang-dev clang
 	libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
 )
-[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv groff-base systemd)
+[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv groff-base systemd squashfs-tools curl)
 
 install_packages() {
 	local missing=() package

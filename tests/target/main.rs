@@ -5,6 +5,7 @@ mod common;
 
 mod bad_input;
 mod cli;
+mod docs;
 mod durability;
 mod install;
 mod io;

@@ -94,7 +94,7 @@ pub enum Command {
         #[arg(long, value_name = "SECONDS", num_args = 0..=1)]
         watch: Option<Option<String>>,
         /// Print the counters in Prometheus' text format
-        #[arg(long, conflicts_with_all = ["watch", "json"])]
+        #[arg(long, conflicts_with = "watch")]
         prometheus: bool,
     },
     /// Serve the counters to Prometheus over HTTP (/metrics), until Ctrl-C
@@ -271,7 +271,6 @@ mod tests {
             "lloop options --set a",
             "lloop list --timeout 0",
             "lloop stat --prometheus --watch",
-            "lloop stat --prometheus --json",
             "lloop exporter --listen localhost",
             "lloop",
         ] {

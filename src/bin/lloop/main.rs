@@ -60,6 +60,9 @@ fn run(args: &Args) -> Result<()> {
             attach::resize(&mut target()?, name, size.or(*size_option).unwrap_or(0))?
         }
         Command::Resume { name } => attach::resume(&mut target()?, name)?,
+        Command::Stat { prometheus: true, .. } if args.json => {
+            return Err(Error::Usage("--prometheus is a format of its own, it goes without --json".to_owned()));
+        }
         Command::Stat { name, prometheus: true, .. } => {
             return output::write(prometheus::collect(&mut target()?, name.as_deref())?.as_bytes());
         }
