@@ -104,3 +104,4 @@ def spdk_rpc_plugin_initialize(subparsers):
 
     m = Method(subparsers, 'bdev_lloop_get_stats', 'Show counters, latencies and queue depths')
     m.operand('-b', '--name', required=False, help='name of the device (default: all)')
+    m.flag('--histogram', help='also how many I/O took how long: pairs of microseconds, at most, and a count')

@@ -52,7 +52,7 @@ packages=(
 	libclang-dev clang
 	libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
 )
-[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv libiscsi-bin fdisk)
+[ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv libiscsi-bin fdisk groff-base systemd squashfs-tools curl)
 [ -z "$fio" ] || packages+=(fio)
 
 install_packages() {

@@ -1,15 +1,37 @@
 //! The target: SPDK with its bdev modules, NVMe-oF, vhost and iSCSI, and lloop.
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
+use lloop::error::{Error, Result};
+use lloop::os::root;
+use lloop::os::user::{self, Account};
 use lloop::spdk::SPDK_VERSION;
 use lloop::spdk::app::{self, AppOptions};
 use lloop::spdk::log::Level;
 use lloop::spdk::poller;
-use std::io::IsTerminal;
-use std::path::PathBuf;
+use sd_notify::NotifyState;
+use std::fs::Permissions;
+use std::io::{IsTerminal, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (SPDK v");
+
+/// What the manual page has behind the options.
+const MANUAL_END: &str = r#".SH FILES
+.TP
+/etc/lloop/config.json
+The configuration of the service, written by \fBlloop save\fR.
+.TP
+/var/tmp/spdk.sock
+The socket that RPCs come from. Whoever may use it controls the target.
+.SH ENVIRONMENT
+.TP
+LLOOP_LOG
+What lloop says, in the words of Rust's tracing: \fIwarn\fR, \fIlloop=debug\fR.
+.SH "SEE ALSO"
+.BR lloop (1)
+"#;
 
 /// A SPDK target with the lloop bdev module: files (on Lustre, or anywhere with O_DIRECT) as block devices, for NVMe-oF,
 /// vhost and iSCSI. Control it with `lloop`, or with SPDK's rpc.py.
@@ -25,15 +47,25 @@ struct Args {
     /// Hugepage memory: MiB, or with a unit (512, 512M, 2G); as much as is needed when left out
     #[arg(short = 's', long, value_name = "SIZE", value_parser = parse_mem_size)]
     mem_size: Option<u32>,
-    /// Where to listen for RPCs: a socket's path, or address:port
+    /// Where to listen for RPCs: a socket's path. Only this user, and root, may use it
     #[arg(short = 'r', long, value_name = "PATH", default_value = "/var/tmp/spdk.sock")]
     rpc_socket: String,
     /// The folder that vhost controllers have their sockets in. With / their names are whole paths, as `lloop export` makes them
     #[arg(short = 'S', long, value_name = "DIR", default_value = "/")]
     vhost_dir: PathBuf,
     /// Configuration to load at the start, as save_config writes it
-    #[arg(short = 'c', long = "json", visible_alias = "config", value_name = "FILE")]
+    #[arg(short = 'c', long, value_name = "FILE", conflicts_with = "config")]
     json: Option<PathBuf>,
+    /// The same, as `lloop save` writes it; where there is no such file yet, start with nothing
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Attach files in this folder only, whatever a client asks for; may be given several times
+    #[arg(long, value_name = "DIR")]
+    root: Vec<PathBuf>,
+    /// Become this user when everything is set up; hugepage files are removed at once (-R). Files of the configuration are
+    /// opened before, those attached later after it
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
     /// Go on when a method of the configuration fails
     #[arg(long)]
     json_ignore_init_errors: bool,
@@ -103,6 +135,12 @@ struct Args {
     /// Say only warnings and errors
     #[arg(long)]
     silence_noticelog: bool,
+    /// Print the manual page
+    #[arg(long, hide = true)]
+    man: bool,
+    /// Print a script for a shell that completes the command line
+    #[arg(long, hide = true, value_name = "SHELL")]
+    completions: Option<clap_complete::Shell>,
     /// Print the version
     #[arg(short = 'V', short_alias = 'v', long)]
     version: bool,
@@ -126,11 +164,32 @@ fn parse_number(text: &str) -> Result<u64, String> {
     parsed.map_err(|_| format!("{text:?} is no number"))
 }
 
+/// The manual page, as scripts/install.sh puts it in place.
+fn manual() -> Vec<u8> {
+    let mut page = Vec::new();
+    let man = clap_mangen::Man::new(Args::command()).section("8").manual("lloop");
+    man.render(&mut page).expect("memory takes what is written to it");
+    page.extend(MANUAL_END.bytes());
+    page
+}
+
+fn printed(text: &[u8]) -> ExitCode {
+    if std::io::stdout().write_all(text).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.version {
         println!("lloop_tgt {VERSION}{SPDK_VERSION})");
         return ExitCode::SUCCESS;
+    }
+    if args.man {
+        return printed(&manual());
+    }
+    if let Some(shell) = args.completions {
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Args::command(), "lloop_tgt", &mut script);
+        return printed(&script);
     }
     let quiet = args.silence_noticelog;
     let filter = tracing_subscriber::EnvFilter::try_from_env("LLOOP_LOG")
@@ -142,6 +201,51 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(terminal).with_env_filter(filter).init();
     tracing::debug!(module = ?lloop::lloop::linked(), "linked");
 
+    match prepared(&args) {
+        Ok(account) => run(args, account),
+        Err(error) => {
+            eprintln!("lloop_tgt: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Confines the process as the command line says; whom to become later.
+fn prepared(args: &Args) -> Result<Option<Account>> {
+    let account = args.user.as_deref().map(user::account).transpose()?;
+    user::keep_to_oneself();
+    if !args.root.is_empty() {
+        root::confine(&args.root)?;
+    }
+    Ok(account)
+}
+
+/// The saved configuration, if there is one yet.
+fn config(file: PathBuf) -> Option<PathBuf> {
+    // (What is there and cannot be read is for SPDK to refuse.)
+    if matches!(file.try_exists(), Ok(false)) {
+        tracing::info!("{} is not there yet: starting with no devices; lloop save writes it", file.display());
+        return None;
+    }
+    Some(file)
+}
+
+/// The last steps, on the application's thread: the socket is closed to others, and rights that are needed no more are given up.
+fn settle(rpc_socket: &Path, account: Option<&Account>) -> Result<()> {
+    user::folders_are_made();
+    let failed = |e: std::io::Error| {
+        Error::os(e.raw_os_error().unwrap_or(libc::EIO), format!("closing {} to others", rpc_socket.display()))
+    };
+    std::fs::set_permissions(rpc_socket, Permissions::from_mode(0o600)).map_err(failed)?;
+    if let Some(account) = account {
+        account.own(rpc_socket)?;
+        account.assume()?;
+    }
+    Ok(())
+}
+
+fn run(args: Args, account: Option<Account>) -> ExitCode {
+    let quiet = args.silence_noticelog;
     let rpc_socket = args.rpc_socket.clone();
     let tracing = args.tpoint_group_mask.is_some();
     let options = AppOptions {
@@ -153,7 +257,7 @@ fn main() -> ExitCode {
         mem_size_mib: args.mem_size,
         rpc_socket: Some(args.rpc_socket),
         vhost_dir: Some(args.vhost_dir),
-        json_config: args.json,
+        json_config: args.json.or(args.config.and_then(config)),
         json_ignore_errors: args.json_ignore_init_errors,
         wait_for_rpc: args.wait_for_rpc,
         no_pci: !args.pci && args.pci_allowed.is_empty(),
@@ -161,7 +265,7 @@ fn main() -> ExitCode {
         pci_blocked: args.pci_blocked,
         shm_id: args.shm_id,
         huge_dir: args.huge_dir,
-        huge_unlink: args.huge_unlink,
+        huge_unlink: args.huge_unlink || account.is_some(),
         single_file_segments: args.single_file_segments,
         no_huge: args.no_huge,
         iova_mode: args.iova_mode,
@@ -175,12 +279,22 @@ fn main() -> ExitCode {
         log_flags: args.logflag,
     };
     let sleeps = args.interrupt_mode;
-    let started = move || {
-        if sleeps {
-            poller::put_iscsi_to_sleep();
-            tracing::info!("in interrupt mode iSCSI serves nobody: SPDK's would keep polling");
+    let started = move || match settle(Path::new(&rpc_socket), account.as_ref()) {
+        Ok(()) => {
+            if sleeps {
+                poller::put_iscsi_to_sleep();
+                tracing::info!("in interrupt mode iSCSI serves nobody: SPDK's would keep polling");
+            }
+            tracing::info!("lloop_tgt {VERSION}{SPDK_VERSION}) is ready; RPCs on {rpc_socket}");
+            // (Where nobody asked to be told, this does nothing.)
+            if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+                tracing::warn!("telling the service manager: {error}");
+            }
         }
-        tracing::info!("lloop_tgt {VERSION}{SPDK_VERSION}) is ready; RPCs on {rpc_socket}");
+        Err(error) => {
+            tracing::error!("{error}");
+            app::stop(1);
+        }
     };
     match app::run(&options, started) {
         Ok(0) => {
@@ -202,7 +316,6 @@ fn main() -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -110,6 +110,8 @@ pub struct Summary {
     pub bytes: u64,
     /// Failures.
     pub errors: u64,
+    /// Latencies of all together.
+    pub total_ns: u64,
     /// Mean latency.
     pub mean_ns: u64,
     /// Half were faster.
@@ -120,6 +122,8 @@ pub struct Summary {
     pub p999_ns: u64,
     /// The slowest.
     pub max_ns: u64,
+    /// How many took at most so long and longer than the one before, shortest first; only where there are some.
+    pub histogram: Vec<(u64, u64)>,
 }
 
 /// The sums over several threads' counters of one device, by operation as in [`OPS`].
@@ -146,16 +150,19 @@ pub fn summarize<'a>(counters: impl Iterator<Item = &'a Counters> + Clone) -> [S
             });
             clock::to_nanos(at.map_or(0, upper_bound).min(max))
         };
-        let count = sum(|k| &k.count);
+        let (count, ticks) = (sum(|k| &k.count), sum(|k| &k.ticks));
+        let filled = buckets.iter().enumerate().filter(|(_, n)| **n > 0);
         Summary {
             count,
             bytes: sum(|k| &k.bytes),
             errors: sum(|k| &k.errors),
-            mean_ns: clock::to_nanos(sum(|k| &k.ticks) / count.max(1)),
+            total_ns: clock::to_nanos(ticks),
+            mean_ns: clock::to_nanos(ticks / count.max(1)),
             p50_ns: percentile(500),
             p99_ns: percentile(990),
             p999_ns: percentile(999),
             max_ns: clock::to_nanos(max),
+            histogram: filled.map(|(bucket, &n)| (clock::to_nanos(upper_bound(bucket)), n)).collect(),
         }
     })
 }
@@ -194,6 +201,9 @@ mod tests {
         assert_eq!((sums[0].count, sums[0].bytes, sums[0].errors), (100, 99 * 4096, 1));
         assert!((9_000..12_000).contains(&sums[0].p50_ns) && (9_000..12_000).contains(&sums[0].p99_ns));
         assert!((900_000..1_150_000).contains(&sums[0].p999_ns) && (15_000..25_000).contains(&sums[0].mean_ns));
+        let counts: Vec<u64> = sums[0].histogram.iter().map(|(_, n)| *n).collect();
+        assert!(counts == [99, 1] && sums[0].histogram[0].0 == sums[0].p50_ns, "{:?}", sums[0]);
+        assert!((1_980_000..2_000_000).contains(&sums[0].total_ns), "{:?}", sums[0]);
         assert_eq!((sums[1].count, b.in_flight(), last_errno([&a, &b].into_iter())), (0, 1, libc::EIO));
     }
 }

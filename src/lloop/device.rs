@@ -148,8 +148,9 @@ impl Device {
         Arc::into_inner(lane)
     }
 
-    /// Counters, latencies, queues, and the age of the oldest I/O in flight.
-    pub fn stats(&self) -> Value {
+    /// Counters, latencies, queues, and the age of the oldest I/O in flight. With a `histogram`, how many I/O took how long:
+    /// what percentiles of any interval can be found from.
+    pub fn stats(&self, histogram: bool) -> Value {
         let counters: Vec<Arc<Counters>> = lock(&self.shared.counters).iter().map(|(c, _)| c.clone()).collect();
         let mut ops = Map::new();
         for ((_, name), sum) in OPS.iter().zip(stats::summarize(counters.iter().map(|c| &**c))) {
@@ -160,10 +161,15 @@ impl Device {
                     "ops": sum.count, "bytes": sum.bytes, "errors": sum.errors,
                     "latency_us": {
                         "mean": us(sum.mean_ns), "p50": us(sum.p50_ns), "p99": us(sum.p99_ns), "p99.9": us(sum.p999_ns),
-                        "max": us(sum.max_ns),
+                        "max": us(sum.max_ns), "total": us(sum.total_ns),
                     },
                 }),
             );
+            if histogram {
+                let pairs: Vec<_> =
+                    sum.histogram.iter().map(|&(ns, count)| json!([ns as f64 / 1000.0, count])).collect();
+                ops[*name]["histogram"] = pairs.into();
+            }
         }
         let lane = self.shared.lane();
         let (load, oldest) = lane.as_ref().map(|lane| lane.load()).unwrap_or_default();

@@ -11,7 +11,7 @@ use crate::engine::{Pool, PoolOptions};
 use crate::error::{Error, Result};
 use crate::os::file::Identity;
 use crate::os::task::Blocking;
-use crate::os::{clock, ring};
+use crate::os::{clock, ring, user};
 use crate::spdk::app;
 use crate::spdk::bdev::{self, BdevHandle, FiniDone};
 use crate::spdk::log;
@@ -76,6 +76,8 @@ impl bdev::Module for Lloop {
         log::forward_to_spdk();
         // (Bdev modules start before iSCSI does.)
         app::unname_iscsi_memory();
+        // (DPDK has made its own by now, and vhost's sockets come later.)
+        user::folders_are_made();
         let start = || -> Result<()> {
             let reactor_cpus = thread::reactor_cpus();
             clock::ticks_hz();

@@ -3,11 +3,13 @@
 use super::options::{self, CreateParams, Options, OptionsChange};
 use super::{attach, pool};
 use crate::error::Result;
+use crate::os::root;
 use crate::spdk::rpc::Method;
 use async_trait::async_trait;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::ffi::CStr;
+use std::path::PathBuf;
 
 /// No parameters.
 #[derive(Deserialize)]
@@ -114,6 +116,15 @@ impl Method for SetOptions {
     }
 }
 
+/// The options, and what is not one: no client can change it, and no saved configuration holds it.
+#[derive(Serialize)]
+pub struct OptionsReply {
+    #[serde(flatten)]
+    options: Options,
+    /// The folders that files are attached from (`lloop_tgt --root`); none: all.
+    roots: Vec<PathBuf>,
+}
+
 /// `bdev_lloop_get_options`
 pub struct GetOptions;
 
@@ -122,10 +133,10 @@ impl Method for GetOptions {
     const NAME: &'static CStr = c"bdev_lloop_get_options";
     const AT_STARTUP: bool = true;
     type Params = Nothing;
-    type Reply = Options;
+    type Reply = OptionsReply;
 
-    async fn call(_: Nothing) -> Result<Options> {
-        Ok(options::current())
+    async fn call(_: Nothing) -> Result<OptionsReply> {
+        Ok(OptionsReply { options: options::current(), roots: root::folders() })
     }
 }
 
@@ -134,6 +145,8 @@ impl Method for GetOptions {
 #[serde(deny_unknown_fields)]
 pub struct StatsParams {
     name: Option<String>,
+    #[serde(default)]
+    histogram: bool,
 }
 
 /// `bdev_lloop_get_stats`
@@ -150,7 +163,7 @@ impl Method for GetStats {
         let (live, active) = pool().map(|pool| pool.worker_counts()).unwrap_or_default();
         Ok(json!({
             "workers": {"started": live, "active": active},
-            "devices": devices.iter().map(|device| device.stats()).collect::<Vec<_>>(),
+            "devices": devices.iter().map(|device| device.stats(params.histogram)).collect::<Vec<_>>(),
         }))
     }
 }

@@ -2,6 +2,7 @@
 
 use super::iov::IovList;
 use super::lustre::{self, Fid};
+use super::root::{self, OpenError};
 use super::{bounce::BounceBuffer, errno};
 use crate::error::{Error, Result, reason};
 use std::ffi::CString;
@@ -81,17 +82,21 @@ pub struct DirectFile {
 impl DirectFile {
     /// Opens `path`. Blocks as long as the filesystem does.
     ///
-    /// The path is resolved once, to a handle that gives no access; what it is gets checked there, and the real open goes
-    /// through that handle: nobody can swap the file in between, and a device node or FIFO is never opened.
+    /// The path is resolved once, to a handle that gives no access, and within [`root::folders`]; what it is gets checked there,
+    /// and the real open goes through that handle: nobody can swap the file in between, and a device node or FIFO is never opened.
     ///
     /// # Errors
     /// ENOENT, EACCES, ELOOP, EROFS and their like from the system; EINVAL for what is not a regular file, not on Lustre
     /// (unless `allow_any_fs`) or not able to do direct I/O. Nothing stays open.
     pub fn open(path: &Path, options: OpenOptions) -> Result<Self> {
         let shown = path.display();
-        let c_path = CString::new(path.as_os_str().as_bytes())
-            .map_err(|_| Error::new(libc::EINVAL, format!("{shown:?} is no path: it holds a NUL byte")))?;
-        let handle = open_fd(&c_path, libc::O_PATH).map_err(|e| open_error(e, path, options))?;
+        if path.as_os_str().as_bytes().contains(&0) {
+            return Err(Error::new(libc::EINVAL, format!("{shown:?} is no path: it holds a NUL byte")));
+        }
+        let handle = root::open_handle(path).map_err(|e| match e {
+            OpenError::Outside(error) => error,
+            OpenError::System(errno) => open_error(errno, path, options),
+        })?;
         let stat = fstat(handle.as_fd()).map_err(|e| Error::os(e, format!("stat {shown}")))?;
         if let Some(kind) = not_regular(stat.st_mode) {
             return Err(Error::new(libc::EINVAL, format!("{shown} is a {kind}; only a regular file can be attached")));

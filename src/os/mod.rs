@@ -11,9 +11,11 @@ pub mod lock;
 pub mod lustre;
 pub mod queue;
 pub mod ring;
+pub mod root;
 pub mod sync;
 pub mod task;
 pub mod thread;
+pub mod user;
 
 /// The calling thread's `errno` as a positive number.
 pub(crate) fn errno() -> i32 {

@@ -60,7 +60,8 @@ impl Target {
 
     /// Starts one by `command` in `folder`.
     pub fn start_by(command: &mut Command, args: &[&str], folder: tempfile::TempDir) -> Self {
-        Self::start_program(command.arg("--disable-cpumask-locks").args(args), folder)
+        let memory: &[&str] = if args.contains(&"-s") { &[] } else { &["-s", "512"] };
+        Self::start_program(command.arg("--disable-cpumask-locks").args(memory).args(args), folder)
     }
 
     /// Starts another program of SPDK's kind, which knows SPDK's own options.
@@ -69,7 +70,7 @@ impl Target {
         let socket = std::env::temp_dir().join(format!("lloop-{}-{}.sock", std::process::id(), unique()));
         let log = std::fs::File::create(folder.path().join("log")).unwrap();
         command
-            .args(["-m", "0x1", "-s", "512", "-r", socket.to_str().unwrap()])
+            .args(["-m", "0x1", "-r", socket.to_str().unwrap()])
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
@@ -251,6 +252,18 @@ pub fn remove_leftovers(pid: u32) {
             let _ = std::fs::remove_file(entry.path());
         }
     }
+}
+
+/// Whether `condition` comes true within a minute.
+pub fn eventually(mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    true
 }
 
 fn unique() -> u16 {

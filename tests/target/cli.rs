@@ -89,8 +89,13 @@ fn a_day_with_the_command_line() {
 
 #[test]
 fn usage_errors_and_a_missing_target() {
-    for args in [&["attach"][..], &["frobnicate"], &["attach", "/f", "--block-size", "1000"], &["resize", "x", "many"]]
-    {
+    for args in [
+        &["attach"][..],
+        &["frobnicate"],
+        &["attach", "/f", "--block-size", "1000"],
+        &["resize", "x", "many"],
+        &["stat", "--prometheus", "--json"],
+    ] {
         let (status, _, err) = lloop(None, args);
         assert_eq!(status, 2, "lloop {args:?}: {err}");
     }

@@ -34,7 +34,7 @@ fn serves(mut target: Target) {
 
 #[test]
 fn spdk_tgt_with_liblloop_a() {
-    serves(Target::start_program(&mut spdk_app("spdk_tgt"), folder()));
+    serves(Target::start_program(spdk_app("spdk_tgt").args(["-s", "512"]), folder()));
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn an_unmodified_spdk_tgt_with_liblloop_so() {
     let library = Path::new(&beside("../../release/liblloop.so")).canonicalize().unwrap();
     let mut command = spdk_app("shared/build/bin/spdk_tgt");
     // Nothing of lloop is in it...
-    let plain = Target::start_program(&mut command, folder());
+    let plain = Target::start_program(command.args(["-s", "512"]), folder());
     let methods = plain.ok("rpc_get_methods", json!({}));
     assert!(!methods.as_array().unwrap().iter().any(|name| name.as_str().unwrap().contains("lloop")), "{methods}");
     drop(plain);

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 const DEFAULT_SOCKET: &str = "/var/tmp/spdk.sock";
+const DEFAULT_CONFIG: &str = "/etc/lloop/config.json";
 const SOCKET_VARIABLE: &str = "LLOOP_SOCKET";
 const SOCKET: &str = "target_socket";
 /// The heading of what every command takes.
@@ -132,10 +133,24 @@ pub enum Command {
     Stat {
         /// The device; all when left out
         name: Option<String>,
-        /// Again and again, with rates, every so many seconds (1 when left out), until Ctrl-C. Latencies are those since the
-        /// attach
+        /// What they do now: rates, depths and latencies, every so many seconds (1 when left out), until Ctrl-C
         #[arg(long, value_name = "SECONDS", num_args = 0..=1)]
         watch: Option<Option<String>>,
+        /// Print the counters in Prometheus' text format
+        #[arg(long, conflicts_with = "watch")]
+        prometheus: bool,
+    },
+    /// Serve the counters to Prometheus over HTTP (/metrics), until Ctrl-C
+    Exporter {
+        /// Where to listen. There is no password: loopback is for this machine only
+        #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:9555")]
+        listen: std::net::SocketAddr,
+    },
+    /// Save all that the target is and has, for lloop_tgt --config to bring back
+    Save {
+        /// The file, which is replaced
+        #[arg(default_value = DEFAULT_CONFIG, value_hint = ValueHint::FilePath)]
+        file: PathBuf,
     },
     /// Offer a device to others
     #[command(subcommand)]
@@ -164,6 +179,9 @@ pub enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Print the manual page
+    #[command(hide = true)]
+    Man,
 }
 
 /// `lloop attach`
@@ -388,6 +406,11 @@ mod tests {
             "lloop resize lloop0 --size 1G",
             "lloop stat --watch",
             "lloop stat --watch 2 lloop0",
+            "lloop stat --prometheus lloop0",
+            "lloop exporter --listen [::1]:0",
+            "lloop save",
+            "lloop save x.json",
+            "lloop man",
             "lloop options --set a=1 b=2 --set c=3",
             "lloop export nvmf lloop0 --allow-any-host --listen [::1]:4420",
             "lloop export iscsi lloop0",
@@ -419,6 +442,8 @@ mod tests {
             "lloop unexport nvmf",
             "lloop options --set a",
             "lloop list --timeout 0",
+            "lloop stat --prometheus --watch",
+            "lloop exporter --listen localhost",
             "lloop",
         ] {
             assert!(parse(line).is_err(), "{line}");

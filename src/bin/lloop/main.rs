@@ -9,16 +9,21 @@ mod create;
 mod device;
 mod error;
 mod export;
+mod exporter;
 mod exports;
 mod iscsi;
 mod iscsi_export;
 mod list;
 mod listen;
+mod live;
+mod man;
 mod nvmf;
 mod options;
 mod output;
 mod peers;
 mod plan;
+mod prometheus;
+mod save;
 mod size;
 mod stat;
 mod table;
@@ -32,6 +37,7 @@ use client::Client;
 use error::{Error, Result};
 use std::io::{self, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 fn main() -> ExitCode {
     let args = Args::read(std::env::args_os()).unwrap_or_else(|e| e.exit());
@@ -59,13 +65,24 @@ fn run(args: &Args) -> Result<()> {
             attach::resize(&mut target()?, name, size.or(*size_option).unwrap_or(0))?
         }
         Command::Resume { name } => attach::resume(&mut target()?, name)?,
-        Command::Stat { name, watch } => {
+        Command::Stat { prometheus: true, .. } if args.json => {
+            return Err(Error::Usage("--prometheus is a format of its own, it goes without --json".to_owned()));
+        }
+        Command::Stat { name, prometheus: true, .. } => {
+            return output::write(prometheus::collect(&mut target()?, name.as_deref())?.as_bytes());
+        }
+        Command::Stat { name, watch, .. } => {
             let (name, interval) = watch::what(name.as_deref(), watch.as_ref().map(Option::as_deref))?;
             match interval {
-                Some(interval) => return watch::watch(&mut target()?, name, interval, args.json),
+                Some(interval) => return watch::watch(&target, &args.address(), name, interval, args.json),
                 None => stat::once(&mut target()?, name)?,
             }
         }
+        Command::Exporter { listen } => {
+            let (address, timeout) = (args.address(), args.timeout());
+            return exporter::serve(Arc::new(move || Client::connect(&address, timeout)), *listen);
+        }
+        Command::Save { file } => save::save(&mut target()?, file)?,
         Command::Export(Export::Nvmf(command)) => {
             let hosts = export::Hosts::chosen(command)?;
             export::nvmf(&mut target()?, command, &hosts)?
@@ -90,6 +107,7 @@ fn run(args: &Args) -> Result<()> {
             clap_complete::generate(*shell, &mut Args::described(), "lloop", &mut script);
             return output::write(&script);
         }
+        Command::Man => return output::write(&man::page()?),
     };
     report.print(args.json)
 }

@@ -3,70 +3,152 @@
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::output::Report;
-use crate::size;
 use crate::table::{self, Align};
+use crate::{device, size};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use std::io;
 
 /// A reply of `bdev_lloop_get_stats`.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct Stats {
-    workers: Workers,
-    devices: Vec<DeviceStats>,
+    /// The worker threads.
+    pub workers: Workers,
+    /// The devices asked for.
+    pub devices: Vec<DeviceStats>,
 }
 
+/// The worker threads.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
-struct Workers {
-    started: u64,
-    active: u64,
+pub struct Workers {
+    /// How many there are.
+    pub started: u64,
+    /// How many of them are not waiting for work.
+    pub active: u64,
 }
 
+/// What a device has done, and is doing.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
-struct DeviceStats {
-    name: String,
-    state: String,
-    in_flight: u64,
-    queued: u64,
-    calls_running: u64,
-    oldest_io_us: u64,
-    last_errno: i32,
-    io: Map<String, Value>,
+pub struct DeviceStats {
+    /// Its name.
+    pub name: String,
+    /// Its state.
+    pub state: String,
+    /// I/O submitted and not yet completed.
+    pub in_flight: u64,
+    /// I/O of those that waits for a worker.
+    pub queued: u64,
+    /// System calls that workers are in.
+    pub calls_running: u64,
+    /// Age of the oldest I/O in flight.
+    pub oldest_io_us: u64,
+    /// The newest failure's, or 0.
+    pub last_errno: i32,
+    /// What it has done, by operation.
+    pub io: Map<String, Value>,
+    /// Its queues, where it has several: one for each OST.
+    pub lanes: Vec<LaneStats>,
 }
 
+/// A queue of a device.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
-struct OpStats {
-    ops: u64,
-    bytes: u64,
-    errors: u64,
-    latency_us: Latency,
+pub struct LaneStats {
+    /// The OST's index, where that is known.
+    pub ost: Value,
+    /// As of a device.
+    pub queued: u64,
+    /// As of a device.
+    pub calls_running: u64,
+    /// As of a device.
+    pub oldest_io_us: u64,
 }
 
+/// What came of an operation.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
-struct Latency {
+pub struct OpStats {
+    /// I/O completed, failed ones included.
+    pub ops: u64,
+    /// Bytes of those that succeeded.
+    pub bytes: u64,
+    /// Failures.
+    pub errors: u64,
+    /// How long they took.
+    pub latency_us: Latency,
+    /// How many took so many microseconds at most, and longer than the ones before; where it was asked for.
+    pub histogram: Vec<(f64, u64)>,
+}
+
+/// Latencies in microseconds.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Latency {
+    /// All together.
+    pub total: f64,
     mean: f64,
     p50: f64,
     p99: f64,
     max: f64,
 }
 
-impl DeviceStats {
-    fn op(&self, name: &str) -> OpStats {
-        self.io.get(name).and_then(|op| OpStats::deserialize(op).ok()).unwrap_or_default()
+impl LaneStats {
+    /// The OST in words.
+    pub fn ost_shown(&self) -> String {
+        if self.ost.is_null() { "-".to_owned() } else { device::text(&self.ost) }
     }
 }
 
-/// Asks for the counters of a device, or of all.
+impl DeviceStats {
+    /// What came of one operation.
+    pub fn op(&self, name: &str) -> OpStats {
+        self.io.get(name).and_then(|op| OpStats::deserialize(op).ok()).unwrap_or_default()
+    }
+
+    /// How it is, in a line.
+    pub fn state_shown(&self) -> String {
+        let name = table::printable(&self.name);
+        let mut text = format!("{name}  {}  in flight {}, queued {}", self.state, self.in_flight, self.queued);
+        text += &format!(", calls running {}", self.calls_running);
+        if self.oldest_io_us > 0 {
+            text += &format!(", oldest I/O {}", duration(self.oldest_io_us as f64));
+        }
+        if self.last_errno != 0 {
+            text += &format!(", last error: {}", errno_in_words(self.last_errno));
+        }
+        text + "\n"
+    }
+
+    /// Its queues; nothing where it has but one of no known place.
+    pub fn lanes_shown(&self) -> String {
+        if self.lanes.iter().all(|lane| lane.ost.is_null()) && self.lanes.len() < 2 {
+            return String::new();
+        }
+        let columns = ["OST", "QUEUED", "CALLS", "OLDEST"].map(|title| (title, Align::Right));
+        let row = |lane: &LaneStats| {
+            let oldest = if lane.oldest_io_us == 0 { "-".to_owned() } else { duration(lane.oldest_io_us as f64) };
+            vec![lane.ost_shown(), lane.queued.to_string(), lane.calls_running.to_string(), oldest]
+        };
+        table::table(&columns, &self.lanes.iter().map(row).collect::<Vec<_>>())
+    }
+}
+
+/// Asks for the counters of a device, or of all; with histograms or without.
 ///
 /// # Errors
 /// As [`Client::call`].
-pub fn ask(client: &mut Client, name: Option<&str>) -> Result<Value> {
-    client.call("bdev_lloop_get_stats", name.map_or(Value::Null, |name| json!({"name": name})))
+pub fn ask(client: &mut Client, name: Option<&str>, histogram: bool) -> Result<Value> {
+    let mut params = Map::new();
+    if let Some(name) = name {
+        params.insert("name".to_owned(), name.into());
+    }
+    if histogram {
+        params.insert("histogram".to_owned(), true.into());
+    }
+    client.call("bdev_lloop_get_stats", if params.is_empty() { Value::Null } else { params.into() })
 }
 
 /// Understands the reply.
@@ -82,56 +164,31 @@ pub fn read(reply: &Value) -> Result<Stats> {
 /// # Errors
 /// As [`Client::call`].
 pub fn once(client: &mut Client, name: Option<&str>) -> Result<Report> {
-    let json = ask(client, name)?;
-    Ok(Report { text: shown(&read(&json)?, Rates::Unasked), json })
+    let json = ask(client, name, false)?;
+    Ok(Report { text: shown(&read(&json)?), json })
 }
 
-/// Whether operations per second are shown, and since when.
-#[derive(Clone, Copy)]
-pub enum Rates<'a> {
-    /// Totals only.
-    Unasked,
-    /// There is nothing to compare with yet.
-    Unknown,
-    /// Compared with an earlier sample, so many seconds ago.
-    Since(&'a Stats, f64),
+/// Totals for people.
+fn shown(stats: &Stats) -> String {
+    framed(stats, &device_shown)
 }
 
-/// Counters for people.
-pub fn shown(stats: &Stats, rates: Rates) -> String {
+/// What there is to say of each device, and of the workers.
+pub fn framed(stats: &Stats, device_shown: &dyn Fn(&DeviceStats) -> String) -> String {
     if stats.devices.is_empty() {
         return "No devices are attached; lloop attach FILE attaches one.\n".to_owned();
     }
-    let mut blocks: Vec<String> = stats.devices.iter().map(|device| device_shown(device, rates)).collect();
+    let mut blocks: Vec<String> = stats.devices.iter().map(device_shown).collect();
     blocks.push(format!("workers: {} started, {} active\n", stats.workers.started, stats.workers.active));
     blocks.join("\n")
 }
 
-fn device_shown(device: &DeviceStats, rates: Rates) -> String {
-    let name = table::printable(&device.name);
-    let mut text = format!("{name}  {}  in flight {}, queued {}", device.state, device.in_flight, device.queued);
-    text += &format!(", calls running {}", device.calls_running);
-    if device.oldest_io_us > 0 {
-        text += &format!(", oldest I/O {}", duration(device.oldest_io_us as f64));
-    }
-    if device.last_errno != 0 {
-        text += &format!(", last error: {}", errno_in_words(device.last_errno));
-    }
-    text.push('\n');
-
+fn device_shown(device: &DeviceStats) -> String {
     let mut columns = vec![("OPERATION", Align::Left)];
-    let has_rates = !matches!(rates, Rates::Unasked);
-    if has_rates {
-        columns.extend([("IOPS", Align::Right), ("MiB/s", Align::Right)]);
-    }
     columns.extend(["OPS", "BYTES", "ERRORS", "MEAN", "P50", "P99", "MAX"].map(|title| (title, Align::Right)));
     let row = |name: &String| {
         let op = device.op(name);
-        let mut row = vec![name.clone()];
-        if has_rates {
-            row.extend(op_rates(device, name, &op, rates));
-        }
-        row.extend([op.ops.to_string(), size::human(op.bytes), op.errors.to_string()]);
+        let mut row = vec![name.clone(), op.ops.to_string(), size::human(op.bytes), op.errors.to_string()];
         let latency = &op.latency_us;
         row.extend(
             [latency.mean, latency.p50, latency.p99, latency.max]
@@ -139,29 +196,12 @@ fn device_shown(device: &DeviceStats, rates: Rates) -> String {
         );
         row
     };
-    text + &table::table(&columns, &device.io.keys().map(row).collect::<Vec<_>>())
-}
-
-/// Operations and MiB a second.
-fn op_rates(device: &DeviceStats, name: &str, now: &OpStats, rates: Rates) -> [String; 2] {
-    let unknown = || ["-".to_owned(), "-".to_owned()];
-    let Rates::Since(before, seconds) = rates else { return unknown() };
-    let Some(before) = before.devices.iter().find(|before| before.name == device.name).map(|before| before.op(name))
-    else {
-        return unknown();
-    };
-    // Less than before: it is another device of the same name.
-    match (now.ops.checked_sub(before.ops), now.bytes.checked_sub(before.bytes)) {
-        (Some(ops), Some(bytes)) if seconds > 0.0 => {
-            let mib = bytes as f64 / f64::from(1 << 20);
-            [format!("{:.0}", ops as f64 / seconds), format!("{:.1}", mib / seconds)]
-        }
-        _ => unknown(),
-    }
+    let rows: Vec<_> = device.io.keys().map(row).collect();
+    device.state_shown() + &table::table(&columns, &rows) + &device.lanes_shown()
 }
 
 /// Microseconds for people, with about three digits.
-fn duration(us: f64) -> String {
+pub fn duration(us: f64) -> String {
     let (value, unit) = match us {
         _ if us < 1e3 => (us, "us"),
         _ if us < 1e6 => (us / 1e3, "ms"),
@@ -178,23 +218,29 @@ fn errno_in_words(errno: i32) -> String {
 #[cfg(test)]
 pub mod tests {
     use super::*;
+    use serde_json::json;
 
-    fn sample(ops: u64, bytes: u64) -> Stats {
+    /// A device that has read so much.
+    pub fn sample(ops: u64, bytes: u64) -> Stats {
         let op = |ops: u64, bytes: u64| {
             json!({"ops": ops, "bytes": bytes, "errors": 1,
-                   "latency_us": {"mean": 147.8, "p50": 99.0, "p99": 1555.5, "p99.9": 1600.0, "max": 2_500_000.0}})
+                   "latency_us": {"mean": 147.8, "p50": 99.0, "p99": 1555.5, "p99.9": 1600.0, "max": 2_500_000.0,
+                                  "total": ops as f64 * 147.8},
+                   "histogram": [[99.0, ops / 2], [1555.5, ops - ops / 2]]})
         };
         read(&json!({
             "workers": {"started": 3, "active": 1},
             "devices": [{"name": "lloop0", "state": "bound", "in_flight": 4, "queued": 2, "calls_running": 2, "oldest_io_us": 12_000,
-                         "last_errno": 5, "io": {"read": op(ops, bytes), "flush": op(0, 0)}}],
+                         "last_errno": 5, "io": {"read": op(ops, bytes), "flush": op(0, 0)},
+                         "lanes": [{"ost": 3, "queued": 2, "calls_running": 1, "oldest_io_us": 0},
+                                   {"ost": 11, "queued": 0, "calls_running": 1, "oldest_io_us": 12_000}]}],
         }))
         .unwrap()
     }
 
     #[test]
     fn totals() {
-        let text = shown(&sample(1000, 3 << 20), Rates::Unasked);
+        let text = shown(&sample(1000, 3 << 20));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(
             lines[0],
@@ -203,26 +249,20 @@ pub mod tests {
         assert_eq!(lines[1], "OPERATION   OPS  BYTES  ERRORS    MEAN      P50     P99    MAX");
         assert_eq!(lines[2], "read       1000  3 MiB       1  148 us  99.0 us  1.6 ms  2.5 s");
         assert_eq!(lines[3], "flush         0    0 B       1       -        -       -      -");
+        assert_eq!(lines[4], "OST  QUEUED  CALLS   OLDEST");
+        assert_eq!(lines[5], "  3       2      1        -");
+        assert_eq!(lines[6], " 11       0      1  12.0 ms");
         assert_eq!(lines.last(), Some(&"workers: 3 started, 1 active"));
-        assert!(shown(&Stats::default(), Rates::Unasked).contains("lloop attach"));
+        assert!(shown(&Stats::default()).contains("lloop attach"));
     }
 
     #[test]
-    fn rates() {
-        let read_row = |now: &Stats, rates| {
-            shown(now, rates)
-                .lines()
-                .nth(2)
-                .map(|l| l.split_whitespace().skip(1).take(2).map(str::to_owned).collect::<Vec<_>>())
-                .unwrap()
-        };
-        let (before, now) = (sample(1000, 1 << 20), sample(3000, 6 << 20));
-        assert_eq!(read_row(&now, Rates::Since(&before, 2.0)), ["1000", "2.5"]);
-        assert_eq!(read_row(&now, Rates::Unknown), ["-", "-"]);
-        assert_eq!(read_row(&before, Rates::Since(&now, 2.0)), ["-", "-"], "attached anew");
-        let none = Stats::default();
-        assert_eq!(read_row(&now, Rates::Since(&none, 2.0)), ["-", "-"], "attached since");
-        assert_eq!(read_row(&now, Rates::Since(&before, 0.0)), ["-", "-"]);
+    fn one_lane_of_no_place_is_not_shown() {
+        let mut stats = sample(1, 1);
+        stats.devices[0].lanes = vec![LaneStats::default()];
+        assert!(!shown(&stats).contains("OST"));
+        stats.devices[0].lanes.clear();
+        assert!(!shown(&stats).contains("OST"));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! `lloop stat --watch`
 
-use crate::client::Client;
+use crate::client::{Address, Client};
 use crate::error::{Error, Result};
-use crate::output;
-use crate::stat::{self, Rates, Stats};
+use crate::stat::{self, Stats};
+use crate::{live, output, table};
 use std::io::{self, IsTerminal};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -27,36 +27,75 @@ pub fn what<'a>(name: Option<&'a str>, watch: Option<Option<&'a str>>) -> Result
     }
 }
 
-/// Shows the counters and rates again and again: in place on a terminal, below each other elsewhere, as a line of JSON each with
-/// `as_json`. Until Ctrl-C, or until nobody reads.
+/// Shows rates, latencies and queues again and again: in place on a terminal, below each other elsewhere, as a line of JSON each
+/// with `as_json`. Until Ctrl-C, or until nobody reads. On a terminal a target that ends may come back.
 ///
 /// # Errors
 /// As [`Client::call`], and [`Error::Output`].
-pub fn watch(client: &mut Client, name: Option<&str>, interval: Duration, as_json: bool) -> Result<()> {
-    let in_place = io::stdout().is_terminal();
+pub fn watch(
+    connect: &dyn Fn() -> Result<Client>,
+    address: &Address,
+    name: Option<&str>,
+    interval: Duration,
+    as_json: bool,
+) -> Result<()> {
+    let in_place = io::stdout().is_terminal() && !as_json;
+    let mut client = Some(connect()?);
     let mut before: Option<(Stats, Instant)> = None;
     loop {
-        let reply = stat::ask(client, name)?;
+        let start = Instant::now();
+        let asked = match &mut client {
+            Some(client) => stat::ask(client, name, !as_json),
+            None => connect().and_then(|new| stat::ask(client.insert(new), name, !as_json)),
+        };
+        // (Counters come with the answer, not with the question: a busy target may take its time.)
         let at = Instant::now();
-        if as_json {
-            output::write(format!("{reply}\n").as_bytes())?;
-        } else {
-            let stats = stat::read(&reply)?;
-            let rates = match &before {
-                None => Rates::Unknown,
-                Some((stats, then)) => Rates::Since(stats, at.duration_since(*then).as_secs_f64()),
-            };
-            let text = stat::shown(&stats, rates);
-            output::write(if in_place { repainted(&text) } else { format!("{text}\n") }.as_bytes())?;
-            before = Some((stats, at));
+        match asked {
+            Ok(reply) if as_json => output::write(format!("{reply}\n").as_bytes())?,
+            Ok(reply) => {
+                let stats = stat::read(&reply)?;
+                let since = before.as_ref().map(|(stats, then)| (stats, at.duration_since(*then).as_secs_f64()));
+                let text = live::shown(&stats, since);
+                match in_place {
+                    true => paint(&format!("{address}, every {} s, Ctrl-C ends\n\n{text}", interval.as_secs_f64()))?,
+                    false => output::write(format!("{text}\n").as_bytes())?,
+                }
+                before = Some((stats, at));
+            }
+            // A device that is not there (yet), or a target that is gone.
+            Err(error) if in_place && before.is_some() => {
+                if !matches!(error, Error::Refused { .. }) {
+                    client = None;
+                }
+                paint(&format!(
+                    "{}\ntrying again every {} s, Ctrl-C ends\n",
+                    table::printable(&error.to_string()),
+                    interval.as_secs_f64()
+                ))?;
+            }
+            Err(error) => return Err(error),
         }
-        thread::sleep(interval.saturating_sub(at.elapsed()));
+        thread::sleep(interval.saturating_sub(start.elapsed()));
     }
 }
 
+fn paint(text: &str) -> Result<()> {
+    let rows = rustix::termios::tcgetwinsize(io::stdout()).map_or(0, |size| usize::from(size.ws_row));
+    output::write(repainted(text, rows).as_bytes())
+}
+
 /// Over what is on the screen. Each line is cleared behind its end, and the rest of the screen at last: that does not flicker.
-fn repainted(text: &str) -> String {
-    format!("\x1b[H{}\x1b[J", text.replace('\n', "\x1b[K\n"))
+/// Nothing goes past the end of a line or of the screen, which would move what is above.
+fn repainted(text: &str, rows: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    let room = if rows == 0 { lines.len() } else { rows - 1 };
+    let mut shown = lines[..lines.len().min(room)].to_vec();
+    let more = format!("... {} more lines: a larger window, or lloop stat --watch NAME", lines.len() - shown.len() + 1);
+    if let (true, Some(last)) = (shown.len() < lines.len(), shown.last_mut()) {
+        *last = &more;
+    }
+    let body: String = shown.iter().map(|line| format!("{line}\x1b[K\n")).collect();
+    format!("\x1b[?7l\x1b[H{body}\x1b[J\x1b[?7h")
 }
 
 #[cfg(test)]
@@ -78,6 +117,10 @@ mod tests {
 
     #[test]
     fn lines_are_painted_over() {
-        assert_eq!(repainted("a\nb\n"), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
+        assert_eq!(repainted("a\nb\n", 0), "\x1b[?7l\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J\x1b[?7h");
+        assert_eq!(repainted("a\nb\n", 3), repainted("a\nb\n", 0));
+        let cut = repainted("a\nb\nc\n", 3);
+        assert!(cut.contains("a\x1b[K\n... 2 more lines") && !cut.contains("b\x1b"), "{cut:?}");
+        assert_eq!(repainted("a\nb\n", 1), "\x1b[?7l\x1b[H\x1b[J\x1b[?7h");
     }
 }
