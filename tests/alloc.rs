@@ -1,6 +1,6 @@
 //! No I/O allocates from the heap: counted, over all threads, on every engine, after a warm-up.
 
-use lloop::engine::{Lane, Op, Pool, PoolOptions, Port, Request, Target, Uring};
+use lloop::engine::{LaneMap, Op, Pool, PoolOptions, Port, Request, Target, Uring, Volume};
 use lloop::os::file::{DirectFile, OpenOptions};
 use lloop::os::iov::{IoVecs, LeakedBuffers};
 use lloop::os::queue::{List, Node, Placed};
@@ -43,7 +43,7 @@ type Slot = MaybeUninit<Node<Request<usize>>>;
 /// One round at full depth: reads, writes, neighbours, memory to be bounced, a flush, zeroes. Requests lie in `slots`, as they do
 /// in SPDK's I/O.
 fn round(
-    lane: &Lane<usize>,
+    volume: &Volume<usize>,
     port: &mut Port<usize>,
     mut ring: Option<&mut (Uring<usize>, u32)>,
     slots: &mut [Slot],
@@ -56,7 +56,7 @@ fn round(
             _ => (if i % 2 == 0 { Op::Read } else { Op::Write }, buffers[i].iovs()),
         };
         let offset = if i < DEPTH / 2 { i as u64 * 4096 } else { (i as u64 * 7919 % 200) * 4096 };
-        let request = Request::new(op, lane, offset, 4096, iovs, i);
+        let request = Request::new(op, volume, offset, 4096, iovs, i);
         // SAFETY: the slot is borrowed until all answers are taken, below, and used for this request only.
         let request = unsafe { Placed::new(NonNull::from(slot), request) };
         match &mut ring {
@@ -94,29 +94,29 @@ fn no_io_allocates() {
         let file = DirectFile::open(&path, OpenOptions { read_only: false, allow_any_fs: true }).unwrap();
         // One worker: that every thread is warmed up must not depend on which of them ran.
         let pool = Pool::new(&PoolOptions { workers: 1, ..PoolOptions::default() }).unwrap();
-        let lane = pool.open_lane(Arc::new(Target::new(file, 0, 4096)));
+        let volume = pool.open(Arc::new(Target::new(file, 0, 4096)), LaneMap::single());
         let mut port = Port::new(&pool, None);
         let mut ring = uring.then(|| {
             let mut ring = Uring::new(true, Vec::new(), None).unwrap();
-            let slot = ring.add_file(lane.target().file().as_fd()).unwrap();
+            let slot = ring.add_file(volume.target().file().as_fd()).unwrap();
             (ring, slot)
         });
         let buffers: Vec<_> =
             (0..DEPTH).map(|i| LeakedBuffers::new(&[4096], if i % 8 == 3 { 1 } else { 0 }, 1)).collect();
         let mut slots: Vec<Slot> = (0..DEPTH).map(|_| MaybeUninit::uninit()).collect();
         for _ in 0..50 {
-            round(&lane, &mut port, ring.as_mut(), &mut slots, &buffers);
+            round(&volume, &mut port, ring.as_mut(), &mut slots, &buffers);
         }
         COUNT.store(0, Ordering::Relaxed);
         COUNTING.store(true, Ordering::SeqCst);
         for _ in 0..200 {
-            round(&lane, &mut port, ring.as_mut(), &mut slots, &buffers);
+            round(&volume, &mut port, ring.as_mut(), &mut slots, &buffers);
         }
         COUNTING.store(false, Ordering::SeqCst);
         let count = COUNT.load(Ordering::Relaxed);
         assert_eq!(count, 0, "{count} allocations in {} I/O (uring: {uring})", 200 * DEPTH);
         drop((port, ring));
-        pool.close_lane(lane, Duration::from_secs(10)).unwrap();
+        pool.close(volume, Duration::from_secs(10)).unwrap();
         pool.stop(Duration::from_secs(10)).unwrap();
     }
 }

@@ -1,6 +1,6 @@
 //! The engines on real files, without SPDK: results, errors, and a model that random overlapping I/O is checked against.
 
-use lloop::engine::{Answer, Lane, Op, Pool, PoolOptions, Port, Request, Target, Uring};
+use lloop::engine::{Answer, LaneMap, Op, Pool, PoolOptions, Port, Request, Target, Uring, Volume};
 use lloop::os::file::{DirectFile, OpenOptions};
 use lloop::os::iov::{IoVecs, LeakedBuffers};
 use lloop::os::queue::{List, Placed};
@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 struct Rig {
     uring: Option<(Uring<u64>, u32)>,
     pool: Pool<u64>,
-    lane: Option<Lane<u64>>,
+    volume: Option<Volume<u64>>,
     port: Option<Port<u64>>,
     path: std::path::PathBuf,
     _dir: tempfile::TempDir,
@@ -72,21 +72,21 @@ impl Rig {
         let mut file = open(&path, read_only);
         file.pretend_alignment(align_bytes);
         let pool = Pool::new(&PoolOptions { workers: 8, lane_limit: 8, ..PoolOptions::default() }).unwrap();
-        let lane = pool.open_lane(Arc::new(Target::new(file, 0, block_bytes)));
-        Rig { uring: None, port: Some(Port::new(&pool, None)), lane: Some(lane), pool, path, _dir: dir }
+        let volume = pool.open(Arc::new(Target::new(file, 0, block_bytes)), LaneMap::single());
+        Rig { uring: None, port: Some(Port::new(&pool, None)), volume: Some(volume), pool, path, _dir: dir }
     }
 
     /// Sends what suits it through a ring, as a channel does.
     fn with_ring(mut self) -> Self {
         let mut ring = Uring::new(true, Vec::new(), None).unwrap();
-        let slot = ring.add_file(self.lane.as_ref().unwrap().target().file().as_fd()).unwrap();
+        let slot = ring.add_file(self.volume.as_ref().unwrap().target().file().as_fd()).unwrap();
         self.uring = Some((ring, slot));
         self
     }
 
     fn stage(&mut self, op: Op, offset: u64, len: u64, iovs: IoVecs, token: u64) {
-        let lane = self.lane.as_ref().unwrap();
-        let request = Placed::on_heap(Request::new(op, lane, offset, len, iovs, token));
+        let volume = self.volume.as_ref().unwrap();
+        let request = Placed::on_heap(Request::new(op, volume, offset, len, iovs, token));
         match &mut self.uring {
             Some((ring, slot)) if request.suits_a_ring() => ring.submit(request, *slot),
             _ => self.port.as_mut().unwrap().stage(request),
@@ -131,7 +131,7 @@ impl Drop for Rig {
                 ring.remove_file(slot);
             }
             drop(self.port.take());
-            self.pool.close_lane(self.lane.take().unwrap(), LIMIT).unwrap();
+            self.pool.close(self.volume.take().unwrap(), LIMIT).unwrap();
             self.pool.stop(LIMIT).unwrap();
         }
     }
@@ -166,10 +166,10 @@ fn a_read_behind_a_shrunken_file_fails_and_says_so(rig: Make) {
     std::fs::File::options().write(true).open(&rig.path).unwrap().set_len(10_000).unwrap();
     let buffer = LeakedBuffers::new(&[8192], 0, 0);
     assert_eq!(rig.one(Op::Read, 0, 8192, buffer.iovs()), Ok(()));
-    assert_eq!(rig.lane.as_ref().unwrap().target().degraded(), None);
+    assert_eq!(rig.volume.as_ref().unwrap().target().damage(), None);
     assert_eq!(rig.one(Op::Read, 8192, 8192, buffer.iovs()), Err(libc::EIO), "crosses the end");
     assert_eq!(rig.one(Op::Read, 16384, 8192, buffer.iovs()), Err(libc::EIO), "lies behind the end");
-    assert_eq!(rig.lane.as_ref().unwrap().target().degraded(), Some(libc::EIO));
+    assert_eq!(rig.volume.as_ref().unwrap().target().damage(), Some(lloop::engine::target::Damage::Truncated));
 }
 
 fn a_write_through_a_read_only_descriptor_fails(rig: Make) {
@@ -177,7 +177,7 @@ fn a_write_through_a_read_only_descriptor_fails(rig: Make) {
     let buffer = LeakedBuffers::new(&[4096], 0, 1);
     assert_eq!(rig.one(Op::Write, 0, 4096, buffer.iovs()), Err(libc::EBADF));
     assert_eq!(rig.one(Op::Read, 0, 4096, buffer.iovs()), Ok(()));
-    assert!(!rig.lane.as_ref().unwrap().target().file().can_punch());
+    assert!(!rig.volume.as_ref().unwrap().target().file().can_punch());
 }
 
 fn a_full_filesystem_is_reported_as_such(rig: Make) {
@@ -214,7 +214,7 @@ fn neighbours_are_merged_and_each_gets_its_own_result(rig: Make) {
 
 fn zeroes_and_holes(rig: Make) {
     let mut rig = rig(1 << 20, 4096, 512, false);
-    assert!(rig.lane.as_ref().unwrap().target().file().can_punch());
+    assert!(rig.volume.as_ref().unwrap().target().file().can_punch());
     let ones = LeakedBuffers::new(&[1 << 20], 0, 0xff);
     assert_eq!(rig.one(Op::Write, 0, 1 << 20, ones.iovs()), Ok(()));
     assert_eq!(rig.one(Op::Flush, 0, 1 << 20, IoVecs::EMPTY), Ok(()));
@@ -265,14 +265,14 @@ fn a_pool_starts_what_it_needs_and_sleeps_when_idle() {
 #[test]
 fn two_threads_share_a_lane() {
     let mut rig = Rig::new(8 << 20, 4096, 512, false);
-    let target = rig.lane.as_ref().unwrap().target().clone();
+    let target = rig.volume.as_ref().unwrap().target().clone();
     let pool = rig.pool.clone();
     let other = std::thread::spawn(move || {
-        let lane = pool.open_lane(target);
+        let volume = pool.open(target, LaneMap::single());
         let mut port = Port::new(&pool, None);
         let buffer = LeakedBuffers::new(&[4096], 0, 2);
         for i in 0..500 {
-            port.stage(Placed::on_heap(Request::new(Op::Write, &lane, (1024 + i) * 4096, 4096, buffer.iovs(), i)));
+            port.stage(Placed::on_heap(Request::new(Op::Write, &volume, (1024 + i) * 4096, 4096, buffer.iovs(), i)));
             port.ring();
             while port.in_flight() > 0 {
                 while let Some(request) = port.reap().pop_front() {
@@ -281,8 +281,8 @@ fn two_threads_share_a_lane() {
             }
         }
         drop(port);
-        // The lane of this thread only: the target is the rig's as well.
-        let _ = pool.close_lane(lane, Duration::from_millis(50));
+        // The volume of this thread only: the target is the rig's as well.
+        let _ = pool.close(volume, Duration::from_millis(50));
     });
     let buffer = LeakedBuffers::new(&[4096], 0, 1);
     for i in 0..500 {

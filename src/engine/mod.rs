@@ -1,20 +1,28 @@
 //! Moving data between requests and files. Knows files and threads, but no SPDK.
 //!
 //! A [`Request`] travels: a [`port::Port`] (one per reactor thread) gathers what is submitted during a poll and hands it over
-//! with one atomic operation; workers of the [`threads::Pool`] sort requests into lanes, execute them and push each answer to
+//! with one atomic operation; workers of the [`threads::Pool`] sort requests into lanes (one for each server of a file), execute them and push each answer to
 //! the port it came from; the port's next poll takes all answers at once.
 
+pub mod guard;
+mod keeper;
+pub mod lane;
 pub mod port;
 pub mod request;
-pub mod sched;
+pub mod retry;
+mod sched;
 pub mod stats;
 pub mod target;
 pub mod threads;
 pub mod transfer;
 pub mod uring;
+mod worker;
 
+pub use guard::Guard;
+pub use keeper::Care;
+pub use lane::LaneMap;
 pub use port::Port;
 pub use request::{Answer, Op, Request};
 pub use target::Target;
-pub use threads::{Lane, Pool, PoolOptions};
+pub use threads::{Pool, PoolOptions, Volume};
 pub use uring::Uring;

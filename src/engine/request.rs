@@ -25,7 +25,7 @@ pub enum Op {
 pub struct Request<T> {
     pub(super) op: Op,
     pub(super) port: u32,
-    pub(super) lane: u32,
+    pub(super) volume: u32,
     /// 0 while all is well.
     pub(super) errno: i32,
     pub(super) target: Arc<Target>,
@@ -34,6 +34,12 @@ pub struct Request<T> {
     pub(super) len_bytes: u64,
     pub(super) iovs: IoVecs,
     pub(super) submitted: Ticks,
+    /// When it is to be tried again, after a failure.
+    pub(super) due: Ticks,
+    /// When it failed first.
+    pub(super) first_failure: Ticks,
+    /// How often it has failed.
+    pub(super) attempts: u32,
     token: T,
 }
 
@@ -52,28 +58,32 @@ pub struct Answer<T> {
 }
 
 impl<T> Request<T> {
-    /// A request on the device range `offset_bytes..offset_bytes + len_bytes` of `lane`'s file. `iovs` holds as many bytes for
+    /// A request on the device range `offset_bytes..offset_bytes + len_bytes` of `volume`. `iovs` holds as many bytes for
     /// reads and writes, and nothing otherwise.
-    pub fn new(op: Op, lane: &super::Lane<T>, offset_bytes: u64, len_bytes: u64, iovs: IoVecs, token: T) -> Self {
-        let target = lane.target().clone();
+    pub fn new(op: Op, volume: &super::Volume<T>, offset_bytes: u64, len_bytes: u64, iovs: IoVecs, token: T) -> Self {
+        let target = volume.target().clone();
         Request {
             op,
             port: u32::MAX,
-            lane: lane.id(),
+            volume: volume.id(),
             errno: 0,
             offset_bytes: target.base_bytes() + offset_bytes,
             target,
             len_bytes,
             iovs,
             submitted: clock::now(),
+            due: 0,
+            first_failure: 0,
+            attempts: 0,
             token,
         }
     }
 
-    /// Whether it is a read or write that direct I/O takes as it is.
+    /// Whether it is a read or write that direct I/O takes as it is, of a file that is whole.
     pub fn suits_a_ring(&self) -> bool {
         let file = self.target.file();
         matches!(self.op, Op::Read | Op::Write)
+            && !self.target.ends_before(self.end_bytes())
             && self.iovs.is_aligned(file.memory_align_bytes(), file.offset_align_bytes())
     }
 

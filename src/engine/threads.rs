@@ -13,15 +13,17 @@
 //!
 //! No reactor starts a thread or waits for a lock: it pushes a batch, and makes one futex call when nobody is active.
 
+use super::keeper::{Care, Keeper};
+use super::lane::{LaneLoad, LaneMap};
 use super::port::Mailbox;
 use super::request::Request;
-use super::sched::{LaneLoad, Sched};
+use super::sched::{FinishedWork, Sched};
 use super::target::Target;
-use super::transfer::Transfer;
+use super::worker::Ports;
 use crate::error::{Error, Result, reason};
 use crate::os::clock::{self, Ticks};
 use crate::os::event::Event;
-use crate::os::queue::{Batch, Inbox, List};
+use crate::os::queue::{Batch, Inbox};
 use crate::os::thread;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -36,6 +38,8 @@ const STALL: Duration = Duration::from_micros(20);
 const CROWDED_STALL: Duration = Duration::from_micros(500);
 /// How often the supervisor looks for a stall in the place of ports that sleep.
 const WATCH: Duration = Duration::from_millis(1);
+/// How often a close looks again.
+const CLOSE_LOOK: Duration = Duration::from_millis(100);
 /// Calls longer than this make a lane a slow one.
 const SLOW: Duration = Duration::from_micros(50);
 
@@ -46,15 +50,26 @@ pub struct PoolOptions {
     pub workers: usize,
     /// The most calls at a time on one lane.
     pub lane_limit: usize,
-    /// The longest call that neighbouring requests are merged into, in bytes.
+    /// The longest call that neighbouring requests are merged into, in bytes; 0: 1 MiB, and 4 MiB on Lustre.
     pub max_merge_bytes: u64,
+    /// How long retries of one request may go on, on Lustre.
+    pub retry_timeout: Duration,
+    /// How files are looked after.
+    pub care: Care,
     /// Processors that workers keep away from: the reactors'.
     pub reactor_cpus: Vec<u32>,
 }
 
 impl Default for PoolOptions {
     fn default() -> Self {
-        PoolOptions { workers: 64, lane_limit: 32, max_merge_bytes: 1 << 20, reactor_cpus: Vec::new() }
+        PoolOptions {
+            workers: 128,
+            lane_limit: 32,
+            max_merge_bytes: 1 << 20,
+            retry_timeout: Duration::from_secs(30),
+            care: Care::default(),
+            reactor_cpus: Vec::new(),
+        }
     }
 }
 
@@ -70,55 +85,81 @@ impl<A> std::ops::Deref for Apart<A> {
     }
 }
 
-/// What a worker is busy with, for statistics.
+/// What a worker is busy with, for statistics and warnings.
 #[derive(Default)]
-struct Busy {
-    lane: AtomicU32,
+pub(super) struct Busy {
+    pub(super) volume: AtomicU32,
+    pub(super) lane: AtomicU32,
+    pub(super) offset_bytes: AtomicU64,
+    pub(super) len_bytes: AtomicU64,
     /// When the oldest request of the call was submitted, or one of the two values below.
-    submitted: AtomicU64,
+    pub(super) submitted: AtomicU64,
 }
 
 /// The place is free.
-const NOBODY: Ticks = 0;
+pub(super) const NOBODY: Ticks = 0;
 /// It belongs to a worker that is in no call.
-const IDLE: Ticks = Ticks::MAX;
+pub(super) const IDLE: Ticks = Ticks::MAX;
 
-/// Where the answers of each port go.
-type Ports<T> = Vec<Option<Arc<Mailbox<T>>>>;
+impl Busy {
+    /// Notes a call that is about to be made for `first` and its neighbours.
+    pub(super) fn set<T>(&self, work: &FinishedWork, first: &Request<T>) {
+        self.volume.store(work.volume, Ordering::Relaxed);
+        self.lane.store(work.lane.into(), Ordering::Relaxed);
+        self.offset_bytes.store(first.offset_bytes, Ordering::Relaxed);
+        self.len_bytes.store(first.len_bytes, Ordering::Relaxed);
+        self.submitted.store(first.submitted, Ordering::Release);
+    }
+
+    /// When the oldest request of the current call on `volume` was submitted.
+    pub(super) fn submitted_on(&self, volume: u32) -> Option<Ticks> {
+        let submitted = self.submitted.load(Ordering::Acquire);
+        (!matches!(submitted, NOBODY | IDLE) && self.volume.load(Ordering::Relaxed) == volume).then_some(submitted)
+    }
+}
 
 pub(super) struct Shared<T> {
-    inbox: Inbox<Request<T>>,
+    pub(super) inbox: Inbox<Request<T>>,
     /// Where workers sleep.
-    idle: Event,
+    pub(super) idle: Event,
     /// Where the supervisor sleeps.
-    supervise: Event,
+    pub(super) supervise: Event,
+    /// There are too few workers.
+    too_few: AtomicBool,
+    /// The system gave us none; that was said.
+    no_more_threads: AtomicBool,
     /// Ports whose threads sleep when they have nothing to do.
     sleepers: AtomicU32,
     /// Whether the supervisor looks for stalls.
     watching: AtomicBool,
     /// Whether a worker spins, looking at the inbox.
-    spinning: Apart<AtomicBool>,
+    pub(super) spinning: Apart<AtomicBool>,
     /// Workers that will look at the inbox soon: awake, and not in a call on a slow lane.
-    active: Apart<AtomicU32>,
+    pub(super) active: Apart<AtomicU32>,
     /// Works taken so far: stands still when everybody is stuck.
     pub(super) picks: Apart<AtomicU64>,
     /// Whether lanes had work left at the last pick.
-    ready: AtomicBool,
-    live: AtomicU32,
-    workers: AtomicU32,
+    pub(super) ready: AtomicBool,
+    pub(super) live: AtomicU32,
+    pub(super) workers: AtomicU32,
     /// How many active workers fast lanes are worth.
-    budget: u32,
+    pub(super) budget: u32,
     stop: AtomicBool,
     sched: Mutex<Sched<T>>,
-    lane_gone: Condvar,
+    /// A volume is gone, or held and idle.
+    pub(super) quiet: Condvar,
+    /// A volume needs the keeper.
+    pub(super) attention: Condvar,
+    pub(super) retry_budget_ms: AtomicU64,
+    keeper: Mutex<Keeper>,
     ports: Mutex<Ports<T>>,
-    ports_changed: AtomicU64,
-    busy: Vec<Busy>,
+    pub(super) ports_changed: AtomicU64,
+    pub(super) busy: Vec<Busy>,
     handles: Mutex<Vec<std::thread::JoinHandle<()>>>,
-    reactor_cpus: Vec<u32>,
+    pub(super) reactor_cpus: Vec<u32>,
     pub(super) stall_ticks: Ticks,
     crowded_stall_ticks: Ticks,
-    spin_ticks: Ticks,
+    pub(super) spin_ticks: Ticks,
 }
 
 /// The most workers that can be configured.
@@ -133,14 +174,24 @@ impl<T> Clone for Pool<T> {
     }
 }
 
-/// A device's way into the pool.
-pub struct Lane<T> {
+/// A file in the pool: what a device submits to.
+pub struct Volume<T> {
     id: u32,
     target: Arc<Target>,
     pool: Arc<Shared<T>>,
 }
 
-impl<T> Lane<T> {
+/// What a volume is doing at the moment.
+#[derive(Debug, Clone, Default)]
+pub struct VolumeLoad {
+    /// Lane by lane; the first is for what lies on several servers, or where none is known. With when the oldest request, waiting
+    /// or being executed, was submitted, and how often the lane has stalled.
+    pub lanes: Vec<(LaneLoad, Option<Ticks>, u64)>,
+    /// How often requests were tried again.
+    pub retries: u64,
+}
+
+impl<T> Volume<T> {
     /// The file.
     pub fn target(&self) -> &Arc<Target> {
         &self.target
@@ -151,14 +202,23 @@ impl<T> Lane<T> {
         self.id
     }
 
-    /// What it is doing, and when its oldest request, waiting or being executed, was submitted. Takes the pool's lock.
-    pub fn load(&self) -> (LaneLoad, Option<Ticks>) {
-        let load = self.pool.sched().load(self.id);
-        let running = self.pool.busy.iter().filter_map(|busy| {
-            let submitted = busy.submitted.load(Ordering::Relaxed);
-            (!matches!(submitted, NOBODY | IDLE) && busy.lane.load(Ordering::Relaxed) == self.id).then_some(submitted)
+    /// What it is doing. Takes the pool's lock.
+    pub fn load(&self) -> VolumeLoad {
+        let (loads, retries) = self.pool.sched().load(self.id);
+        let stalls = self.pool.care().stalls_of(self.id);
+        let lanes = loads.into_iter().enumerate().map(|(at, load)| {
+            // (Flushes have no lane of their own in what is shown.)
+            let is_here = |lane: u32| lane as usize == at || (at == 0 && lane == u32::from(u16::MAX));
+            let running = self.pool.busy.iter().filter(|busy| is_here(busy.lane.load(Ordering::Relaxed)));
+            let oldest = running.filter_map(|busy| busy.submitted_on(self.id)).chain(load.oldest_queued).min();
+            (load, oldest, stalls.get(&(at as u16)).copied().unwrap_or(0))
         });
-        (load, running.chain(load.oldest_queued).min())
+        VolumeLoad { lanes: lanes.collect(), retries }
+    }
+
+    /// Sorts requests into other lanes from now on.
+    pub fn set_map(&self, map: LaneMap) {
+        self.pool.sched().set_map(self.id, map);
     }
 }
 
@@ -172,6 +232,8 @@ impl<T: Send + 'static> Pool<T> {
             inbox: Inbox::default(),
             idle: Event::default(),
             supervise: Event::default(),
+            too_few: AtomicBool::new(false),
+            no_more_threads: AtomicBool::new(false),
             sleepers: AtomicU32::new(0),
             watching: AtomicBool::new(false),
             spinning: Apart::default(),
@@ -182,8 +244,16 @@ impl<T: Send + 'static> Pool<T> {
             workers: AtomicU32::new(options.workers.clamp(1, MAX_WORKERS) as u32),
             budget: thread::processors_but(&options.reactor_cpus).max(1) as u32,
             stop: AtomicBool::new(false),
-            sched: Mutex::new(Sched::new(options.lane_limit, options.max_merge_bytes, clock::to_ticks(SLOW))),
-            lane_gone: Condvar::new(),
+            sched: Mutex::new(Sched::new(
+                options.workers.clamp(1, MAX_WORKERS),
+                options.lane_limit,
+                options.max_merge_bytes,
+                clock::to_ticks(SLOW),
+            )),
+            quiet: Condvar::new(),
+            attention: Condvar::new(),
+            retry_budget_ms: AtomicU64::new(options.retry_timeout.as_millis() as u64),
+            keeper: Mutex::new(Keeper::new(options.care)),
             ports: Mutex::default(),
             ports_changed: AtomicU64::new(0),
             busy: std::iter::repeat_with(Busy::default).take(MAX_WORKERS).collect(),
@@ -195,6 +265,8 @@ impl<T: Send + 'static> Pool<T> {
         });
         let supervisor = shared.clone();
         shared.start("lloop-super".into(), move || supervisor.supervise())?;
+        let keeper = shared.clone();
+        shared.start("lloop-keeper".into(), move || keeper.keep())?;
         Ok(Pool(shared))
     }
 
@@ -202,21 +274,21 @@ impl<T: Send + 'static> Pool<T> {
         &self.0
     }
 
-    /// Opens a lane for `target`.
-    pub fn open_lane(&self, target: Arc<Target>) -> Lane<T> {
-        let id = self.0.sched().open(target.clone());
-        Lane { id, target, pool: self.0.clone() }
+    /// Opens a volume on `target`, with the lanes of `map`.
+    pub fn open(&self, target: Arc<Target>, map: LaneMap) -> Volume<T> {
+        let id = self.0.sched().open(target.clone(), map);
+        Volume { id, target, pool: self.0.clone() }
     }
 
-    /// Ends a lane that gets no more requests, waits until nothing uses its file any more and closes that. Blocks: not for a
+    /// Ends a volume that gets no more requests, waits until nothing uses its file any more and closes that. Blocks: not for a
     /// reactor.
     ///
     /// # Errors
-    /// ETIMEDOUT when a call on the file has not returned within `limit`. The lane then ends when that call does, and the
+    /// ETIMEDOUT when a call on the file has not returned within `limit`. The volume then ends when that call does, and the
     /// file is closed with it.
-    pub fn close_lane(&self, lane: Lane<T>, limit: Duration) -> Result<()> {
+    pub fn close(&self, volume: Volume<T>, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;
-        let Lane { id, target, .. } = lane;
+        let Volume { id, target, .. } = volume;
         let mut sched = self.0.sched();
         while !sched.close(id) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -229,10 +301,14 @@ impl<T: Send + 'static> Pool<T> {
                     ),
                 ));
             }
-            sched = self.0.lane_gone.wait_timeout(sched, left).unwrap_or_else(PoisonError::into_inner).0;
+            if sched.has_ready() {
+                self.0.idle.notify_one();
+            }
+            sched = self.0.quiet.wait_timeout(sched, left.min(CLOSE_LOOK)).unwrap_or_else(PoisonError::into_inner).0;
         }
         drop(sched);
-        // A worker that has just handed out the last answer may still hold the target for an instant.
+        // A worker that has just handed out the last answer may still hold the target for an instant; the keeper, while it looks
+        // after the file.
         let mut target = target;
         while let Err(shared) = Arc::try_unwrap(target) {
             if Instant::now() >= deadline {
@@ -245,10 +321,22 @@ impl<T: Send + 'static> Pool<T> {
     }
 
     /// Changes the limits for what comes from now on. Workers beyond a lower number go when they run out of work.
-    pub fn set_limits(&self, workers: usize, lane_limit: usize, max_merge_bytes: u64) {
-        self.0.workers.store(workers.clamp(1, MAX_WORKERS) as u32, Ordering::Relaxed);
-        self.0.sched().set_limits(lane_limit, max_merge_bytes);
+    pub fn set_limits(&self, options: &PoolOptions) {
+        let workers = options.workers.clamp(1, MAX_WORKERS);
+        self.0.workers.store(workers as u32, Ordering::Relaxed);
+        self.0.retry_budget_ms.store(options.retry_timeout.as_millis() as u64, Ordering::Relaxed);
+        self.0.sched().set_limits(workers, options.lane_limit, options.max_merge_bytes);
+        self.0.care().set_care(options.care);
         self.0.idle.notify_all();
+    }
+
+    /// Looks after a volume now: takes lost locks again, looks at the file. For an operator who has mended something. Blocks: not for
+    /// a reactor.
+    ///
+    /// # Errors
+    /// What keeps it from going on, for people.
+    pub fn resume(&self, volume: u32, target: &Target) -> Result<()> {
+        self.0.resume(volume, target)
     }
 
     /// How many workers there are, and how many of them are awake and not in a slow call.
@@ -264,6 +352,7 @@ impl<T: Send + 'static> Pool<T> {
         let deadline = Instant::now() + limit;
         self.0.stop.store(true, Ordering::SeqCst);
         self.0.supervise.notify_all();
+        self.0.attention.notify_all();
         loop {
             self.0.idle.notify_all();
             let mut handles = self.0.handles.lock().unwrap_or_else(PoisonError::into_inner);
@@ -288,12 +377,20 @@ impl<T: Send + 'static> Pool<T> {
 }
 
 impl<T> Shared<T> {
-    fn sched(&self) -> MutexGuard<'_, Sched<T>> {
+    pub(super) fn sched(&self) -> MutexGuard<'_, Sched<T>> {
         self.sched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn ports(&self) -> MutexGuard<'_, Ports<T>> {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn care(&self) -> MutexGuard<'_, Keeper> {
+        self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn add_port(&self, mailbox: Arc<Mailbox<T>>) -> u32 {
-        let mut ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ports = self.ports();
         let id = ports.iter().position(Option::is_none).unwrap_or_else(|| {
             ports.push(None);
             ports.len() - 1
@@ -304,7 +401,7 @@ impl<T> Shared<T> {
     }
 
     pub(super) fn remove_port(&self, id: u32) {
-        self.ports.lock().unwrap_or_else(PoisonError::into_inner)[id as usize] = None;
+        self.ports()[id as usize] = None;
         self.ports_changed.fetch_add(1, Ordering::Release);
     }
 
@@ -332,7 +429,7 @@ impl<T> Shared<T> {
     }
 
     /// Has the supervisor look for stalls, when the ports are not awake to do it.
-    fn watch(&self) {
+    pub(super) fn watch(&self) {
         if self.sleepers.load(Ordering::Relaxed) > 0 && !self.watching.swap(true, Ordering::SeqCst) {
             self.supervise.notify_one();
         }
@@ -349,15 +446,16 @@ impl<T> Shared<T> {
         wanted
     }
 
-    fn wake_one(&self) {
+    pub(super) fn wake_one(&self) {
         if !self.idle.notify_one() && self.live.load(Ordering::Relaxed) < self.workers.load(Ordering::Relaxed) {
+            self.too_few.store(true, Ordering::Relaxed);
             self.supervise.notify_one();
         }
     }
 }
 
 impl<T: Send + 'static> Shared<T> {
-    fn start(&self, name: String, run: impl FnOnce() + Send + 'static) -> Result<()> {
+    pub(super) fn start(&self, name: String, run: impl FnOnce() + Send + 'static) -> Result<()> {
         let handle = std::thread::Builder::new().name(name).spawn(run).map_err(|e| {
             let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
             Error::new(errno, format!("cannot start a thread: {}", reason(errno)))
@@ -368,24 +466,36 @@ impl<T: Send + 'static> Shared<T> {
         Ok(())
     }
 
-    fn stopping(&self) -> bool {
+    pub(super) fn stopping(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
-    /// Starts a worker whenever somebody finds that there are too few, and looks for stalls in the place of ports that sleep.
+    /// Starts a worker whenever somebody finds that there are too few, puts retries back into their lanes when their time has come,
+    /// and looks for stalls in the place of ports that sleep.
     fn supervise(self: Arc<Self>) {
         thread::run_anywhere_but(&self.reactor_cpus);
-        let mut warned = false;
         let (mut picks_seen, mut sign) = (0, clock::now());
+        let mut next_due = None;
         while !self.stopping() {
             let announced = self.supervise.announce();
             if self.stopping() {
                 self.supervise.cancel(announced);
                 break;
             }
-            self.supervise.wait(announced, self.watching.load(Ordering::SeqCst).then_some(WATCH));
+            let until_due = next_due.map(|due: Ticks| clock::to_duration(due.saturating_sub(clock::now())));
+            let watch = self.watching.load(Ordering::SeqCst).then_some(WATCH);
+            self.supervise.wait(announced, watch.into_iter().chain(until_due).min());
+            let now = clock::now();
+            let mut sched = self.sched();
+            next_due = sched.revive(now);
+            let revived = sched.has_ready();
+            drop(sched);
+            if revived && self.active.load(Ordering::Relaxed) == 0 {
+                self.ready.store(true, Ordering::Relaxed);
+                self.wake_one();
+            }
             if self.watching.load(Ordering::SeqCst) {
-                let (now, picks) = (clock::now(), self.picks.load(Ordering::Relaxed));
+                let picks = self.picks.load(Ordering::Relaxed);
                 if std::mem::replace(&mut picks_seen, picks) != picks || self.help(now.wrapping_sub(sign)) {
                     sign = now;
                 }
@@ -396,163 +506,33 @@ impl<T: Send + 'static> Shared<T> {
                     self.watching.store(true, Ordering::SeqCst);
                 }
             }
-            let limit = self.workers.load(Ordering::Relaxed);
-            if self.stopping() || self.live.load(Ordering::Relaxed) >= limit {
+            if !self.too_few.swap(false, Ordering::Relaxed) || self.stopping() {
                 continue;
             }
-            let number = self.live.fetch_add(1, Ordering::Relaxed);
-            let worker = self.clone();
-            if let Err(error) = self.start(format!("lloop-{number}"), move || worker.work()) {
-                self.live.fetch_sub(1, Ordering::Relaxed);
-                if !std::mem::replace(&mut warned, true) {
-                    tracing::error!("{error}; going on with {number} workers");
-                }
+            if self.live.load(Ordering::Relaxed) < self.workers.load(Ordering::Relaxed) {
+                self.start_worker();
             }
         }
     }
 
-    /// A worker's life.
-    fn work(self: Arc<Self>) {
-        thread::run_anywhere_but(&self.reactor_cpus);
-        match Transfer::new() {
-            Ok(transfer) => self.work_with(transfer),
-            Err(error) => tracing::error!("a worker ends, there is no memory for it: {error}"),
-        }
-        self.live.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    fn work_with(&self, mut transfer: Transfer) {
-        let mut ports = Ports::new();
-        let mut ports_seen = u64::MAX;
-        let Some(busy) = self
-            .busy
-            .iter()
-            .find(|b| b.submitted.compare_exchange(NOBODY, IDLE, Ordering::Relaxed, Ordering::Relaxed).is_ok())
-        else {
-            return;
-        };
-        self.active.fetch_add(1, Ordering::SeqCst);
-        let mut finished = None;
-        let mut picks_seen = self.picks.load(Ordering::Relaxed);
-        'awake: loop {
-            let mut sched = self.sched();
-            if let Some((work, took)) = finished.take()
-                && sched.finished(work, took)
-            {
-                self.lane_gone.notify_all();
-            }
-            sched.accept(self.inbox.take_all());
-            // More of us than fast calls are worth, and the others get on with it: leave it to them. (When they do not get on,
-            // they are stuck, whatever the averages say.)
-            let picks = self.picks.load(Ordering::Relaxed);
-            let surplus = self.active.load(Ordering::Relaxed) > self.budget && picks != picks_seen;
-            if let Some(work) = (!surplus).then(|| sched.take_next()).flatten() {
-                let more = sched.has_ready();
-                self.ready.store(more, Ordering::Relaxed);
-                picks_seen = picks.wrapping_add(1);
-                self.picks.store(picks_seen, Ordering::Relaxed);
-                drop(sched);
-                if more {
-                    self.watch();
-                }
-                let (mut requests, done) = work.into_parts();
-                let Some(first) = requests.front() else { continue };
-                let slow = first.target.slow();
-                let changed = self.ports_changed.load(Ordering::Acquire);
-                if changed != ports_seen {
-                    ports.clone_from(&self.ports.lock().unwrap_or_else(PoisonError::into_inner));
-                    ports_seen = changed;
-                }
-                busy.lane.store(first.lane, Ordering::Relaxed);
-                busy.submitted.store(first.submitted, Ordering::Relaxed);
-                if slow {
-                    self.active.fetch_sub(1, Ordering::SeqCst);
-                    if (more || !self.inbox.is_empty()) && !self.spinning.load(Ordering::SeqCst) {
-                        self.wake_one();
-                    }
-                }
-                let start = clock::now();
-                transfer.execute(&mut requests);
-                let took = clock::now().wrapping_sub(start);
-                busy.submitted.store(IDLE, Ordering::Relaxed);
-                if slow {
-                    self.active.fetch_add(1, Ordering::SeqCst);
-                }
-                answer(&ports, requests);
-                finished = Some((done, took));
-                continue;
-            }
-            let left_over = sched.has_ready();
-            self.ready.store(left_over, Ordering::Relaxed);
-            drop(sched);
-            if self.spin(surplus) {
-                continue;
-            }
-            // Going to sleep. Announce it, stop being active, and look once more.
-            loop {
-                let announced = self.idle.announce();
-                let before = self.active.fetch_sub(1, Ordering::SeqCst);
-                fence(Ordering::SeqCst);
-                // A surplus worker sleeps whatever there is to do, as long as another one is active: that one looks again.
-                let work_for_us = !self.inbox.is_empty() || self.sched().has_ready();
-                if (work_for_us && !(surplus && before > 1)) || self.retire_or_stop() {
-                    self.idle.cancel(announced);
-                } else {
-                    self.idle.wait(announced, None);
-                }
-                if self.retire_or_stop() {
-                    break 'awake;
-                }
-                self.active.fetch_add(1, Ordering::SeqCst);
-                if !self.inbox.is_empty() || self.sched().has_ready() {
-                    picks_seen = self.picks.load(Ordering::Relaxed);
-                    continue 'awake;
-                }
+    fn start_worker(self: &Arc<Self>) {
+        let number = self.live.fetch_add(1, Ordering::Relaxed);
+        let worker = self.clone();
+        if let Err(error) = self.start(format!("lloop-{number}"), move || worker.work()) {
+            self.live.fetch_sub(1, Ordering::Relaxed);
+            if !self.no_more_threads.swap(true, Ordering::Relaxed) {
+                tracing::error!("{error}; going on with {number} workers");
             }
         }
-        busy.submitted.store(NOBODY, Ordering::Relaxed);
     }
 
-    /// Whether this worker should end: the pool stops, or there are more than are wanted.
-    fn retire_or_stop(&self) -> bool {
-        self.stopping() || self.live.load(Ordering::Relaxed) > self.workers.load(Ordering::Relaxed)
-    }
-
-    /// Looks at the inbox for a while; true when something came. One worker at a time does that.
-    fn spin(&self, surplus: bool) -> bool {
-        if surplus || self.spinning.swap(true, Ordering::SeqCst) {
+    /// Whether there are as many workers as there may be, and each has been in its call for a second.
+    pub(super) fn all_stuck(&self, now: Ticks) -> bool {
+        if self.live.load(Ordering::Relaxed) < self.workers.load(Ordering::Relaxed) {
             return false;
         }
-        let start = clock::now();
-        let mut came = false;
-        while !came && clock::now().wrapping_sub(start) < self.spin_ticks && !self.stopping() {
-            for _ in 0..8 {
-                came |= !self.inbox.is_empty();
-                if came {
-                    break;
-                }
-                std::hint::spin_loop();
-            }
-        }
-        // A submitter that saw the flag before this store relies on the look at the inbox that comes after it.
-        self.spinning.store(false, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        came || !self.inbox.is_empty()
-    }
-}
-
-/// Gives each request back to the port it came from.
-fn answer<T>(ports: &Ports<T>, mut requests: List<Request<T>>) {
-    while let Some(first) = requests.pop_front() {
-        let port = first.port;
-        let mut batch = Batch::default();
-        batch.push(first);
-        // Merged requests mostly come from one port: one atomic operation for all of them.
-        while requests.front().is_some_and(|next| next.port == port) {
-            if let Some(next) = requests.pop_front() {
-                batch.push(next);
-            }
-        }
-        ports[port as usize].as_ref().expect("a port outlives its requests").push(batch);
+        let second = clock::to_ticks(Duration::from_secs(1));
+        let mut places = self.busy.iter().map(|busy| busy.submitted.load(Ordering::Relaxed)).filter(|&s| s != NOBODY);
+        places.all(|submitted| submitted != IDLE && now.saturating_sub(submitted) > second)
     }
 }

@@ -5,7 +5,7 @@
 //! overlapping requests away from the third.
 
 use super::request::{Op, Request};
-use super::target::Target;
+use super::target::{Damage, Target};
 use crate::os::bounce::BounceBuffer;
 use crate::os::iov::{IoVecs, IovList};
 use crate::os::queue::List;
@@ -30,18 +30,26 @@ impl Transfer {
         Ok(Transfer { iovs: IovList::default(), bounce: BounceBuffer::new(BOUNCE_BYTES)? })
     }
 
-    /// Executes the requests of one [`super::sched::Work`]: several only when they are flushes of one file, or neighbours.
-    pub fn execute<T>(&mut self, requests: &mut List<Request<T>>) {
-        let Some(first) = requests.front() else { return };
+    /// Executes the requests of one [`super::sched::Work`]: several only when they are flushes of one file, or neighbours. Whether
+    /// all of them succeeded.
+    pub fn execute<T>(&mut self, requests: &mut List<Request<T>>) -> bool {
+        let Some(first) = requests.front() else { return true };
         if first.op == Op::Flush {
             let result = first.target.file().sync_data();
             requests.iter_mut().for_each(|request| request.conclude(result));
-        } else if requests.len() == 1 || !self.merged(requests) {
-            for request in requests.iter_mut() {
-                let result = self.single(request);
-                request.conclude(result);
-            }
+            return result.is_ok();
         }
+        if requests.len() > 1 && self.merged(requests) {
+            requests.iter_mut().for_each(|request| request.conclude(Ok(())));
+            return true;
+        }
+        let mut all_well = true;
+        for request in requests.iter_mut() {
+            let result = self.single(request);
+            all_well &= result.is_ok();
+            request.conclude(result);
+        }
+        all_well
     }
 
     /// Neighbours in one call. False when that did not do all of it: then each gets its own call and its own result.
@@ -53,11 +61,17 @@ impl Transfer {
             self.iovs.push(&request.iovs, 0);
             wanted += request.len_bytes;
         }
+        if first.target.ends_before(first.offset_bytes + wanted) {
+            return false;
+        }
         call(&first.target, first.op, &self.iovs, first.offset_bytes) == Ok(wanted as usize)
     }
 
     fn single<T>(&mut self, request: &Request<T>) -> Outcome {
         let (target, op) = (&*request.target, request.op);
+        if target.ends_before(request.end_bytes()) {
+            return Err(libc::EIO);
+        }
         let align = target.file().offset_align_bytes() as u64;
         let whole_pages = (request.offset_bytes | request.len_bytes) & (align - 1) == 0;
         match op {
@@ -191,7 +205,7 @@ fn progress(target: &Target, op: Op, n: usize) -> Result<u64, i32> {
     let whole = n - n % target.file().offset_align_bytes();
     if whole == 0 {
         if op == Op::Read {
-            target.set_degraded(libc::EIO);
+            target.set_damage(Damage::Truncated);
         }
         return Err(libc::EIO);
     }

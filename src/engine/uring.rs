@@ -21,10 +21,10 @@ const ENTRIES: u32 = 512;
 pub struct Ages(Box<[(AtomicU64, AtomicU64)]>);
 
 impl Ages {
-    /// When the oldest I/O in flight of `lane` was submitted.
-    pub fn oldest(&self, lane: u32) -> Option<Ticks> {
-        let of_lane = self.0.iter().filter(|(_, l)| l.load(Ordering::Relaxed) == u64::from(lane));
-        of_lane.map(|(submitted, _)| submitted.load(Ordering::Relaxed)).filter(|&t| t != 0).min()
+    /// When the oldest I/O in flight of `volume` was submitted.
+    pub fn oldest(&self, volume: u32) -> Option<Ticks> {
+        let of_volume = self.0.iter().filter(|(_, l)| l.load(Ordering::Relaxed) == u64::from(volume));
+        of_volume.map(|(submitted, _)| submitted.load(Ordering::Relaxed)).filter(|&t| t != 0).min()
     }
 }
 
@@ -122,7 +122,7 @@ impl<T> Uring<T> {
         }
         self.free.pop();
         let age = &self.ages.0[place as usize];
-        age.1.store(request.lane.into(), Ordering::Relaxed);
+        age.1.store(request.volume.into(), Ordering::Relaxed);
         age.0.store(request.submitted, Ordering::Relaxed);
         self.in_flight[place as usize] = Some(request);
         Ok(())

@@ -2,18 +2,18 @@
 //! awaited.
 
 use super::channel::Token;
-use super::device::{Device, Facts, THREADS, URING};
-use super::options::{self, CreateParams, EngineChoice, LockChoice, capacity_blocks};
+use super::device::Device;
+use super::options::{self, CreateParams, capacity_blocks};
+use super::prepare::{Prepared, prepare};
 use super::state::State;
 use super::{Entry, MODULE, REGISTRY, pool};
-use crate::engine::{Lane, Target, Uring};
-use crate::error::{Error, Result, reason};
+use crate::engine::guard::Standing;
+use crate::engine::{Target, Volume};
+use crate::error::{Error, Result};
 use crate::os::file::{DirectFile, Identity, OpenOptions};
-use crate::os::lock;
 use crate::os::task::Blocking;
 use crate::spdk::bdev::{self, BdevHandle, Description};
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -130,7 +130,22 @@ pub async fn attach(mut params: CreateParams) -> Result<String> {
         return Err(error);
     }
     let wanted = params.clone();
-    let (file, facts, num_blocks) = blocking.run(move || prepare(file, &wanted)).await??;
+    let limit = Duration::from_secs(options::current().lock_timeout.into());
+    // A server that hangs must not hang the caller, too. (Whatever comes of it later is dropped, and the file closed.)
+    let Prepared { target, map, facts, num_blocks, stripe_blocks, split } = blocking
+        .run_within(limit * 2, move || prepare(file, &wanted, limit))
+        .await
+        .map_err(|error| match error.errno {
+            libc::ETIMEDOUT => Error::new(
+                libc::ETIMEDOUT,
+                format!(
+                    "{}: its servers have not answered for {} s (locks need all of them); attach it when they are back",
+                    params.filename.display(),
+                    2 * limit.as_secs()
+                ),
+            ),
+            _ => error,
+        })??;
 
     let description = Description {
         name: reservation.name.clone(),
@@ -139,82 +154,18 @@ pub async fn attach(mut params: CreateParams) -> Result<String> {
         physical_block_bytes: params.block_size.max(4096),
         num_blocks,
         memory_align_bytes: facts.align_bytes.1 as u32,
-        optimal_io_boundary_blocks: 0,
+        optimal_io_boundary_blocks: stripe_blocks,
+        split_at_boundary: split,
         write_cache: true,
         uuid: facts.uuid,
     };
-    let target = Arc::new(Target::new(file, params.offset, params.block_size));
-    let device = Arc::new(Device::new(&reservation.name, params, pool.open_lane(target), facts));
+    let device = Arc::new(Device::new(&reservation.name, params, pool.open(Arc::new(target), map), facts));
     match bdev::register(&MODULE, device.clone(), &description) {
         Ok(handle) => reservation.keep(device, handle),
         Err(error) => {
-            let lane = device.release();
-            close_lane(&reservation.name, lane).await;
+            let volume = device.release();
+            close_volume(&reservation.name, volume).await;
             Err(error)
-        }
-    }
-}
-
-/// Locks the file, drops its cached pages and finds out what it can do. Blocks. The file is closed when this fails.
-fn prepare(file: DirectFile, params: &CreateParams) -> Result<(DirectFile, Facts, u64)> {
-    let shown = params.filename.display();
-    let failed = |what: &str| {
-        let what = format!("{what} {shown}");
-        move |errno| Error::os(errno, &what)
-    };
-    let lock = match params.lock {
-        Some(LockChoice::Off) => None,
-        _ => Some(lock::try_lock(file.as_fd(), !params.read_only).map_err(failed("locking"))?),
-    };
-    match lock {
-        Some(lock::Outcome::Conflict) => {
-            let who = if params.read_only { "a writer" } else { "another process or node" };
-            return Err(Error::new(
-                libc::EBUSY,
-                format!("{shown} is in use by {who}, which holds a lock on it; detach it there first"),
-            ));
-        }
-        Some(lock::Outcome::Unsupported) => tracing::warn!(
-            "{shown}: the filesystem has no locks, so nothing keeps another process or node from attaching it too"
-        ),
-        _ => {}
-    }
-    let size_bytes = file.size_bytes().map_err(failed("asking for the size of"))?;
-    let align_bytes = (file.offset_align_bytes(), file.memory_align_bytes());
-    let num_blocks = capacity_blocks(params, size_bytes, align_bytes.0 as u64)?;
-    file.drop_cache().map_err(failed("writing back the cached pages of"))?;
-    let facts = Facts {
-        identity: *file.identity(),
-        lock,
-        can_punch: file.can_punch(),
-        align_bytes,
-        engine: choose_engine(params, &file),
-        uuid: params.uuid.unwrap_or_else(|| file.identity().uuid()),
-    };
-    Ok((file, facts, num_blocks))
-}
-
-/// Which engine the file gets, and why.
-fn choose_engine(params: &CreateParams, file: &DirectFile) -> (&'static str, String) {
-    let align_bytes = file.offset_align_bytes() as u64;
-    let impossible =
-        if !u64::from(params.block_size).is_multiple_of(align_bytes) || !params.offset.is_multiple_of(align_bytes) {
-            Some(format!("blocks are finer than the file's direct I/O of {align_bytes} bytes"))
-        } else if let Err(errno) = file.probe_nowait() {
-            Some(format!("the file has no non-blocking direct I/O ({})", reason(errno)))
-        } else if let Err(errno) = Uring::<Token>::probe() {
-            Some(format!("this kernel, or sandbox, has no io_uring ({})", reason(errno)))
-        } else {
-            None
-        };
-    match (params.engine, impossible) {
-        (EngineChoice::Threads, _) => (THREADS, "asked for".to_owned()),
-        (EngineChoice::Auto, None) => (URING, "the file does non-blocking direct I/O".to_owned()),
-        (EngineChoice::Uring, None) => (URING, "asked for".to_owned()),
-        (EngineChoice::Auto, Some(why)) => (THREADS, why),
-        (EngineChoice::Uring, Some(why)) => {
-            tracing::warn!("{}: engine uring was asked for, using threads: {why}", params.filename.display());
-            (THREADS, format!("uring was asked for, but {why}"))
         }
     }
 }
@@ -255,16 +206,16 @@ pub async fn detach(name: &str, force: bool) -> Result<()> {
 }
 
 /// The end of a device that the bdev layer has let go of: closes its file and frees its name.
-pub async fn close(name: &str, lane: Option<Lane<Token>>) {
-    close_lane(name, lane).await;
+pub async fn close(name: &str, volume: Option<Volume<Token>>) {
+    close_volume(name, volume).await;
     // (Without a registry the module is ending anyway.)
     let _ = with_entries(|entries| entries.remove(name));
 }
 
-async fn close_lane(name: &str, lane: Option<Lane<Token>>) {
-    let (Some(lane), Some(pool), Ok(blocking)) = (lane, pool(), blocking()) else { return };
+async fn close_volume(name: &str, volume: Option<Volume<Token>>) {
+    let (Some(volume), Some(pool), Ok(blocking)) = (volume, pool(), blocking()) else { return };
     let limit = Duration::from_secs(options::current().detach_timeout_s.into());
-    if let Err(error) | Ok(Err(error)) = blocking.run(move || pool.close_lane(lane, limit)).await {
+    if let Err(error) | Ok(Err(error)) = blocking.run(move || pool.close(volume, limit)).await {
         tracing::error!("closing {name}: {error}");
     }
 }
@@ -341,7 +292,9 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
         device.set_size_limit(wanted.size_limit);
     }
     if let Some(target) = device.target() {
-        target.clear_degraded();
+        target.set_len_bytes(new_bytes);
+        target.clear_damage();
+        target.expect_new_layout();
     }
     Ok(new_bytes)
 }
@@ -349,31 +302,19 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
 /// `bdev_lloop_resume`.
 ///
 /// # Errors
-/// ENODEV; EINVAL when it is neither fenced nor degraded, or its file is still too short.
+/// ENODEV; EINVAL when it is neither fenced nor degraded, or its file is still not what it needs; EBUSY when somebody else holds its
+/// locks.
 pub async fn resume(name: &str) -> Result<()> {
-    let (device, handle) = find(name)?;
-    let Some(target) = device.target().filter(|target| target.degraded().is_some()) else {
+    let (device, _) = find(name)?;
+    let sick = |target: &Arc<Target>| target.damage().is_some() || target.guard().standing() == Standing::Fenced;
+    let (Some(target), Some(volume)) = (device.target().filter(sick), device.volume_id()) else {
         return Err(Error::new(
             libc::EINVAL,
             format!("{name} is neither fenced nor degraded; there is nothing to resume"),
         ));
     };
-    let params = device.params();
-    let end_bytes = params.offset + handle.num_blocks()? * u64::from(params.block_size);
-    let checked = target.clone();
-    let file_bytes = blocking()?.run(move || checked.file().size_bytes()).await?;
-    let shown = params.filename.display();
-    match file_bytes {
-        Ok(bytes) if bytes >= end_bytes => {
-            target.clear_degraded();
-            Ok(())
-        }
-        Ok(bytes) => Err(Error::new(
-            libc::EINVAL,
-            format!("{shown} has {bytes} bytes, {name} needs {end_bytes}; make it long enough with bdev_lloop_resize"),
-        )),
-        Err(errno) => Err(Error::os(errno, format!("asking for the size of {shown}"))),
-    }
+    let pool = pool().ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))?;
+    blocking()?.run(move || pool.resume(volume, &target)).await?
 }
 
 /// The devices that statistics are wanted of: one, or all.

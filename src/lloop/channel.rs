@@ -4,7 +4,7 @@ use super::device::Shared;
 use super::state;
 use crate::engine::stats::Counters;
 use crate::engine::uring::Ages;
-use crate::engine::{Lane, Op, Port, Request, Uring};
+use crate::engine::{Op, Port, Request, Uring, Volume};
 use crate::os::bell::Bell;
 use crate::os::clock::{self, Ticks};
 use crate::os::iov::IoVecs;
@@ -140,7 +140,7 @@ impl Inner {
     }
 
     /// Registers a file with this thread's ring; its slot, or `None` when there is no ring or no slot.
-    fn register(&self, lane: &Lane<Token>) -> Option<u32> {
+    fn register(&self, volume: &Volume<Token>) -> Option<u32> {
         let mut ring = self.ring.borrow_mut();
         if ring.is_none() {
             match Uring::new(thread::STAYS_ON_ITS_CORE, thread::reactor_cpus(), self.bell.as_deref()) {
@@ -159,7 +159,7 @@ impl Inner {
                 }
             }
         }
-        ring.as_mut()?.add_file(lane.target().file().as_fd())
+        ring.as_mut()?.add_file(volume.target().file().as_fd())
     }
 
     fn poll_resets(&self) -> bool {
@@ -190,16 +190,16 @@ impl Inner {
 /// The rings of all threads, for statistics.
 static RINGS: Mutex<Vec<Weak<Ages>>> = Mutex::new(Vec::new());
 
-/// When the oldest I/O of a lane that the kernel has by way of a ring was submitted.
-pub fn oldest_in_rings(lane: &Lane<Token>) -> Option<Ticks> {
+/// When the oldest I/O of a volume that the kernel has by way of a ring was submitted.
+pub fn oldest_in_rings(volume: &Volume<Token>) -> Option<Ticks> {
     let rings = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
-    rings.iter().filter_map(|ages| ages.upgrade()?.oldest(lane.id())).min()
+    rings.iter().filter_map(|ages| ages.upgrade()?.oldest(volume.id())).min()
 }
 
 /// A device on a thread.
 pub struct Channel {
     group: PerThreadRef<Group>,
-    lane: Arc<Lane<Token>>,
+    volume: Arc<Volume<Token>>,
     /// The device's place in this thread's ring, when it uses that.
     slot: Option<u32>,
     counters: Arc<Counters>,
@@ -212,10 +212,10 @@ impl Channel {
     /// # Errors
     /// ENODEV when the device is on its way out, ENOMEM.
     pub fn open(device: &Arc<Shared>, uring: bool) -> Result<Self, i32> {
-        let lane = device.lane().ok_or(libc::ENODEV)?;
+        let volume = device.volume().ok_or(libc::ENODEV)?;
         let group = GROUPS.get()?;
-        let slot = if uring { group.inner.register(&lane) } else { None };
-        Ok(Channel { group, lane, slot, counters: device.take_counters(), device: device.clone() })
+        let slot = if uring { group.inner.register(&volume) } else { None };
+        Ok(Channel { group, volume, slot, counters: device.take_counters(), device: device.clone() })
     }
 
     /// Stages an I/O; the group's next poll hands it over.
@@ -223,8 +223,9 @@ impl Channel {
     pub fn submit(&self, op: Op, io: BdevIo, iovs: IoVecs) {
         let (offset, len) = (io.offset_bytes(), io.len_bytes());
         self.counters.submitted();
-        let request = io
-            .park(|io| Request::new(op, &self.lane, offset, len, iovs, Token { io, counters: self.counters.clone() }));
+        let request = io.park(|io| {
+            Request::new(op, &self.volume, offset, len, iovs, Token { io, counters: self.counters.clone() })
+        });
         if let Some(slot) = self.slot
             && request.suits_a_ring()
             && let Some(ring) = self.group.inner.ring.borrow_mut().as_mut()

@@ -2,12 +2,15 @@
 
 use super::channel::{Channel, Token, oldest_in_rings};
 use super::options::CreateParams;
+use super::prepare;
 use super::state::{State, StateCell};
+use crate::engine::guard::Standing;
+use crate::engine::lane::LaneLoad;
 use crate::engine::stats::{self, Counters, OPS};
-use crate::engine::{Lane, Op, Target};
-use crate::os::clock;
+use crate::engine::{Op, Target, Volume};
+use crate::os::clock::{self, Ticks};
 use crate::os::iov::IoVecs;
-use crate::os::lock;
+use crate::os::mount::Mount;
 use crate::spdk::bdev::Bdev;
 use crate::spdk::bdev_io::{BdevIo, IoType};
 use async_trait::async_trait;
@@ -18,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Shared {
     /// Its name.
     pub name: String,
-    lane: Mutex<Option<Arc<Lane<Token>>>>,
+    volume: Mutex<Option<Arc<Volume<Token>>>>,
     /// One for each thread that has, or had, a channel; with whether one has it now.
     counters: Mutex<Vec<(Arc<Counters>, bool)>>,
 }
@@ -29,8 +32,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Shared {
     /// The way to the workers, until the device is closed.
-    pub fn lane(&self) -> Option<Arc<Lane<Token>>> {
-        lock(&self.lane).clone()
+    pub fn volume(&self) -> Option<Arc<Volume<Token>>> {
+        lock(&self.volume).clone()
     }
 
     /// Counters for a new channel. Those of a closed one go on counting, so that no I/O is forgotten.
@@ -68,6 +71,8 @@ pub struct Device {
     state: StateCell,
     writable: bool,
     discards: bool,
+    /// WRITE ZEROES is for us to do; without, the bdev layer writes zeroes.
+    zeroes: bool,
     params: Mutex<CreateParams>,
     target: Mutex<Option<Arc<Target>>>,
     /// What is shown of the file, gathered when it was opened.
@@ -79,8 +84,8 @@ pub struct Device {
 pub struct Facts {
     /// Filesystem, FID or inode.
     pub identity: crate::os::file::Identity,
-    /// What came of locking it, unless locking was off.
-    pub lock: Option<lock::Outcome>,
+    /// What keeps others from it.
+    pub protection: &'static str,
     /// UNMAP and WRITE ZEROES work.
     pub can_punch: bool,
     /// Alignment of direct I/O: offsets and lengths, memory.
@@ -89,21 +94,24 @@ pub struct Facts {
     pub engine: (&'static str, String),
     /// The device's UUID.
     pub uuid: uuid::Uuid,
+    /// How its filesystem is mounted.
+    pub mount: Option<Mount>,
 }
 
 impl Device {
     /// A bound device. `params` name it.
-    pub fn new(name: &str, params: CreateParams, lane: Lane<Token>, facts: Facts) -> Self {
-        let target = lane.target().clone();
+    pub fn new(name: &str, params: CreateParams, volume: Volume<Token>, facts: Facts) -> Self {
+        let target = volume.target().clone();
         Device {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
-                lane: Mutex::new(Some(Arc::new(lane))),
+                volume: Mutex::new(Some(Arc::new(volume))),
                 counters: Mutex::default(),
             }),
             state: StateCell::new(State::Bound),
             writable: !params.read_only,
-            discards: !params.read_only && facts.can_punch && params.discard.unwrap_or(true),
+            discards: !params.read_only && facts.can_punch,
+            zeroes: !params.read_only && facts.can_punch && !target.guard().holds_group(),
             params: Mutex::new(params),
             target: Mutex::new(Some(target)),
             facts,
@@ -140,12 +148,17 @@ impl Device {
         lock(&self.target).clone()
     }
 
+    /// Its number in the pool, until it is closed.
+    pub fn volume_id(&self) -> Option<u32> {
+        self.shared.volume().map(|volume| volume.id())
+    }
+
     /// Takes the file's last owners out, for closing it. For [`Bdev::closed`], and for a device that was never registered.
-    pub fn release(&self) -> Option<Lane<Token>> {
+    pub fn release(&self) -> Option<Volume<Token>> {
         drop(lock(&self.target).take());
-        let lane = lock(&self.shared.lane).take()?;
+        let volume = lock(&self.shared.volume).take()?;
         // Channels have clones, and there are none any more.
-        Arc::into_inner(lane)
+        Arc::into_inner(volume)
     }
 
     /// Counters, latencies, queues, and the age of the oldest I/O in flight. With a `histogram`, how many I/O took how long:
@@ -171,17 +184,32 @@ impl Device {
                 ops[*name]["histogram"] = pairs.into();
             }
         }
-        let lane = self.shared.lane();
-        let (load, oldest) = lane.as_ref().map(|lane| lane.load()).unwrap_or_default();
-        let oldest = oldest.into_iter().chain(lane.and_then(|lane| oldest_in_rings(&lane))).min();
-        let age_us = oldest.map(|submitted| clock::to_nanos(clock::now().saturating_sub(submitted)) / 1000);
+        let volume = self.shared.volume();
+        let load = volume.as_ref().map(|volume| volume.load()).unwrap_or_default();
+        let now = clock::now();
+        let age_us =
+            |oldest: Option<Ticks>| oldest.map_or(0, |since| clock::to_nanos(now.saturating_sub(since)) / 1000);
+        let in_rings = volume.and_then(|volume| oldest_in_rings(&volume));
+        let oldest = load.lanes.iter().filter_map(|(_, oldest, _)| *oldest).chain(in_rings).min();
+        let sum = |f: fn(&LaneLoad) -> usize| load.lanes.iter().map(|(lane, ..)| f(lane)).sum::<usize>();
+        let lanes = load.lanes.iter().map(|(lane, oldest, stalls)| {
+            json!({
+                "ost": lane.ost, "queued": lane.queued, "calls_running": lane.running, "oldest_io_us": age_us(*oldest),
+                "stalls": stalls,
+            })
+        });
+        let target = self.target();
         json!({
             "name": self.shared.name,
             "state": self.state_name(),
             "in_flight": self.shared.in_flight(),
-            "queued": load.queued,
-            "calls_running": load.running,
-            "oldest_io_us": age_us.unwrap_or(0),
+            "queued": sum(|lane| lane.queued),
+            "calls_running": sum(|lane| lane.running),
+            "oldest_io_us": age_us(oldest),
+            "retries": load.retries,
+            "stalls": load.lanes.iter().map(|(.., stalls)| stalls).sum::<u64>(),
+            "lock_recoveries": target.map_or(0, |target| target.guard().recoveries()),
+            "lanes": lanes.collect::<Vec<_>>(),
             "last_errno": stats::last_errno(counters.iter().map(|c| &**c)),
             "io": ops,
         })
@@ -189,7 +217,11 @@ impl Device {
 
     fn state_name(&self) -> &'static str {
         match self.state() {
-            State::Bound if self.target().is_some_and(|target| target.degraded().is_some()) => "degraded",
+            State::Bound => match self.target() {
+                Some(target) if target.guard().standing() == Standing::Fenced => "fenced",
+                Some(target) if target.damage().is_some() => "degraded",
+                _ => State::Bound.name(),
+            },
             state => state.name(),
         }
     }
@@ -204,7 +236,8 @@ impl Bdev for Device {
         match io_type {
             IoType::Read | IoType::Flush | IoType::Reset => true,
             IoType::Write => self.writable,
-            IoType::Unmap | IoType::WriteZeroes => self.discards,
+            IoType::Unmap => self.discards,
+            IoType::WriteZeroes => self.zeroes,
         }
     }
 
@@ -251,12 +284,27 @@ impl Bdev for Device {
         info["read_only"] = params.read_only.into();
         info["offset"] = params.offset.into();
         info["size_limit"] = params.size_limit.into();
-        info["lock"] = match self.facts.lock {
-            None => "off",
-            Some(lock::Outcome::Held) => "advisory",
-            Some(_) => "none (the filesystem has no locks)",
+        info["lock"] = self.facts.protection.into();
+        if let Some(target) = self.target() {
+            if let Some(group) = target.guard().group() {
+                info["group_id"] = group.get().into();
+            }
+            if target.guard().standing() == Standing::Recovering {
+                info["lock_state"] = "being taken again".into();
+            }
+            if let Some(damage) = target.damage() {
+                info["degraded"] = json!({"reason": damage.name(), "advice": damage.advice(&target)});
+            }
+            if let Some(layout) = target.layout() {
+                info["layout"] = layout.to_json();
+            }
         }
-        .into();
+        if identity.fid.is_some() {
+            info["client_version"] = prepare::client_version().into();
+        }
+        if let Some(mount) = &self.facts.mount {
+            info["mount"] = json!({"point": mount.point, "source": mount.source, "options": mount.options.join(",")});
+        }
         info["discard"] = self.supports(IoType::Unmap).into();
         info["direct_io_align"] = json!({"offset": self.facts.align_bytes.0, "memory": self.facts.align_bytes.1});
         ("lloop", info)

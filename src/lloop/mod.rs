@@ -4,6 +4,7 @@ pub mod attach;
 pub mod channel;
 pub mod device;
 pub mod options;
+pub mod prepare;
 pub mod rpc;
 pub mod state;
 
@@ -82,12 +83,7 @@ impl bdev::Module for Lloop {
             let reactor_cpus = thread::reactor_cpus();
             clock::ticks_hz();
             let options = options::current();
-            let pool = Pool::new(&PoolOptions {
-                workers: options.workers as usize,
-                lane_limit: options.lane_limit as usize,
-                max_merge_bytes: options.max_merge_bytes,
-                reactor_cpus: reactor_cpus.clone(),
-            })?;
+            let pool = Pool::new(&PoolOptions { reactor_cpus: reactor_cpus.clone(), ..options.pool() })?;
             *POOL.lock().unwrap_or_else(PoisonError::into_inner) = Some(pool);
             let blocking = Blocking::new(reactor_cpus)?;
             let memory = MemoryWatch::new(ring::forget_memory).map_err(|e| Error::os(e, "watching SPDK's memory"))?;

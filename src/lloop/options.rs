@@ -1,9 +1,12 @@
 //! What can be chosen: for the module, and for a device.
 
+use crate::engine::{Care, PoolOptions};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 /// The most devices that can be asked for, as in the kernel driver.
 pub const MAX_LLOOP: u32 = 256;
@@ -17,23 +20,48 @@ pub struct Options {
     pub workers: u32,
     /// The most calls at a time on one lane, 1 to 1024.
     pub lane_limit: u32,
-    /// The longest call that neighbouring requests are merged into, 4096 to 64 MiB.
+    /// The longest call that neighbouring requests are merged into, 4096 to 64 MiB; 0: 1 MiB, and 4 MiB on Lustre.
     pub max_merge_bytes: u64,
     /// How long a reset waits for what is in flight, in seconds, 1 to 3600.
     pub reset_timeout_s: u32,
     /// How long a detach waits for a call that does not return, in seconds, 1 to 3600.
     pub detach_timeout_s: u32,
+    /// How long I/O that failed for a passing reason is tried again, on Lustre, in seconds, 0 (not at all) to 3600.
+    pub retry_timeout: u32,
+    /// How long a lock is waited for, in seconds, 1 to 3600.
+    pub lock_timeout: u32,
+    /// How often locks and files are looked at, in seconds, 1 to 3600.
+    pub lock_check: u32,
+    /// A call that takes longer is reported, in seconds, 1 to 3600.
+    pub stall_warn: u32,
 }
 
 impl Options {
     const DEFAULT: Options = Options {
         max_lloop: MAX_LLOOP,
-        workers: 64,
+        workers: 128,
         lane_limit: 32,
-        max_merge_bytes: 1 << 20,
+        max_merge_bytes: 0,
         reset_timeout_s: 30,
         detach_timeout_s: 30,
+        retry_timeout: 30,
+        lock_timeout: 30,
+        lock_check: 10,
+        stall_warn: 30,
     };
+
+    /// What of them the workers need.
+    pub fn pool(&self) -> PoolOptions {
+        let seconds = |n: u32| Duration::from_secs(n.into());
+        PoolOptions {
+            workers: self.workers as usize,
+            lane_limit: self.lane_limit as usize,
+            max_merge_bytes: self.max_merge_bytes,
+            retry_timeout: seconds(self.retry_timeout),
+            care: Care { check: seconds(self.lock_check), stall_warn: seconds(self.stall_warn) },
+            reactor_cpus: Vec::new(),
+        }
+    }
 }
 
 static OPTIONS: Mutex<Options> = Mutex::new(Options::DEFAULT);
@@ -53,6 +81,10 @@ pub struct OptionsChange {
     max_merge_bytes: Option<u64>,
     reset_timeout_s: Option<u32>,
     detach_timeout_s: Option<u32>,
+    retry_timeout: Option<u32>,
+    lock_timeout: Option<u32>,
+    lock_check: Option<u32>,
+    stall_warn: Option<u32>,
 }
 
 impl OptionsChange {
@@ -81,9 +113,17 @@ impl OptionsChange {
         set("max_lloop", &mut new.max_lloop, self.max_lloop, 1, MAX_LLOOP)?;
         set("workers", &mut new.workers, self.workers, 1, 1024)?;
         set("lane_limit", &mut new.lane_limit, self.lane_limit, 1, 1024)?;
-        set("max_merge_bytes", &mut new.max_merge_bytes, self.max_merge_bytes, 4096, 64 << 20)?;
+        let merge = self.max_merge_bytes.filter(|&n| n != 0);
+        set("max_merge_bytes", &mut new.max_merge_bytes, merge, 4096, 64 << 20)?;
+        if self.max_merge_bytes == Some(0) {
+            new.max_merge_bytes = 0;
+        }
         set("reset_timeout_s", &mut new.reset_timeout_s, self.reset_timeout_s, 1, 3600)?;
         set("detach_timeout_s", &mut new.detach_timeout_s, self.detach_timeout_s, 1, 3600)?;
+        set("retry_timeout", &mut new.retry_timeout, self.retry_timeout, 0, 3600)?;
+        set("lock_timeout", &mut new.lock_timeout, self.lock_timeout, 1, 3600)?;
+        set("lock_check", &mut new.lock_check, self.lock_check, 1, 3600)?;
+        set("stall_warn", &mut new.stall_warn, self.stall_warn, 1, 3600)?;
         *OPTIONS.lock().unwrap_or_else(PoisonError::into_inner) = new.clone();
         Ok(new)
     }
@@ -111,6 +151,19 @@ pub enum LockChoice {
     /// An open-file-description lock.
     Advisory,
     /// None.
+    Off,
+}
+
+/// Whether I/O is split at the boundaries of stripes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StripeSplit {
+    /// Where this node's Lustre client does not work on the stripes of one call in parallel by itself.
+    #[default]
+    Auto,
+    /// Always.
+    On,
+    /// Never.
     Off,
 }
 
@@ -157,10 +210,14 @@ pub struct CreateParams {
     pub lock: Option<LockChoice>,
     /// The group that shares a group lock.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub group_id: Option<u32>,
-    /// Offer UNMAP and WRITE ZEROES where they work; true when left out.
+    pub group_id: Option<NonZeroU32>,
+    /// Offer UNMAP and WRITE ZEROES where they work; when left out, true, and false under a group lock (which has to be let go of
+    /// for each batch of discards).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub discard: Option<bool>,
+    /// Whether I/O is split at stripes.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub stripe_split: StripeSplit,
 }
 
 impl CreateParams {
@@ -179,8 +236,11 @@ impl CreateParams {
         if !matches!(self.block_size, 512 | 4096) {
             return refuse(format!("block_size must be 512 or 4096, not {}", self.block_size));
         }
-        if self.lock == Some(LockChoice::Group) || self.group_id.is_some() {
-            return refuse("group locks are not in this version; use lock advisory or off".into());
+        if self.group_id.is_some() && !matches!(self.lock, None | Some(LockChoice::Group)) {
+            return refuse("group_id goes with lock group".into());
+        }
+        if self.group_id.is_some() && self.lock.is_none() && self.read_only {
+            return refuse("a read-only device takes no group lock unless asked for; give lock group as well".into());
         }
         Ok(())
     }

@@ -110,7 +110,7 @@ impl Method for SetOptions {
     async fn call(params: OptionsChange) -> Result<bool> {
         let new = params.apply()?;
         if let Some(pool) = pool() {
-            pool.set_limits(new.workers as usize, new.lane_limit as usize, new.max_merge_bytes);
+            pool.set_limits(&new.pool());
         }
         Ok(true)
     }

@@ -45,6 +45,11 @@ pub fn to_ticks(duration: Duration) -> Ticks {
     (duration.as_nanos() * u128::from(ticks_hz()) / 1_000_000_000) as u64
 }
 
+/// How long `ticks` last.
+pub fn to_duration(ticks: Ticks) -> Duration {
+    Duration::from_nanos(to_nanos(ticks))
+}
+
 /// How many nanoseconds `ticks` last.
 pub fn to_nanos(ticks: Ticks) -> u64 {
     (u128::from(ticks) * 1_000_000_000 / u128::from(ticks_hz())) as u64

@@ -17,16 +17,44 @@ pub enum Outcome {
     Unsupported,
 }
 
+/// Whether anybody has a lock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// Nobody.
+    Free,
+    /// Another open file than the one that was asked through.
+    Taken,
+}
+
+/// Whether any other open file than `fd`'s holds a lock on the file. Takes none.
+///
+/// # Errors
+/// The errno of a server that cannot be asked.
+pub fn standing(fd: BorrowedFd<'_>) -> Result<Standing, i32> {
+    let mut lock = whole_file(libc::F_WRLCK);
+    // SAFETY: the descriptor is open and the structure live.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } {
+        0 if lock.l_type == libc::F_UNLCK as libc::c_short => Ok(Standing::Free),
+        0 => Ok(Standing::Taken),
+        _ => Err(errno()),
+    }
+}
+
+fn whole_file(kind: i32) -> libc::flock {
+    // SAFETY: an all-zero flock is valid: from offset 0 to the end, process id 0 as OFD locks require.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock
+}
+
 /// Asks for a lock on the whole file: exclusive for a writer, else shared. Does not wait for a holder, but the system call
 /// may take as long as a metadata server does.
 ///
 /// # Errors
 /// The errno of anything but a conflict or missing support.
 pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool) -> Result<Outcome, i32> {
-    // SAFETY: an all-zero flock is valid: from offset 0 to the end, process id 0 as OFD locks require.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK } as libc::c_short;
-    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    let lock = whole_file(if exclusive { libc::F_WRLCK } else { libc::F_RDLCK });
     loop {
         // SAFETY: the descriptor is open and the structure live.
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
@@ -56,6 +84,7 @@ mod tests {
         let (a, b) = (open(), open());
         assert_eq!(try_lock(a.as_fd(), true), Ok(Outcome::Held));
         assert_eq!(try_lock(b.as_fd(), true), Ok(Outcome::Conflict));
+        assert_eq!((standing(a.as_fd()), standing(b.as_fd())), (Ok(Standing::Free), Ok(Standing::Taken)));
         assert_eq!(try_lock(b.as_fd(), false), Ok(Outcome::Conflict));
         drop(a);
         assert_eq!(try_lock(b.as_fd(), false), Ok(Outcome::Held));

@@ -9,6 +9,7 @@ pub mod file;
 pub mod iov;
 pub mod lock;
 pub mod lustre;
+pub mod mount;
 pub mod queue;
 pub mod ring;
 pub mod root;

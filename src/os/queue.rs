@@ -141,6 +141,13 @@ impl<T> List<T> {
         self.len += 1;
     }
 
+    /// Adds a value as the oldest.
+    pub fn push_front(&mut self, value: Placed<T>) {
+        let mut rest = std::mem::take(self);
+        self.push_back(value);
+        self.append(&mut rest);
+    }
+
     /// Removes the oldest value.
     pub fn pop_front(&mut self) -> Option<Placed<T>> {
         let node = NonNull::new(self.head)?;

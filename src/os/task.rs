@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use futures::channel::oneshot;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 /// The most calls in progress; each is a thread. A hanging server must not eat all of the machine's.
 const MAX_CALLS: usize = 128;
@@ -66,6 +67,32 @@ impl Blocking {
             .send(Box::new(job))
             .map_err(|_| Error::new(libc::EAGAIN, "the dispatcher of blocking calls has ended"))?;
         receiver.await.map_err(|_| Error::new(libc::EFAULT, "a blocking call could not be made, see the log"))
+    }
+}
+
+impl Blocking {
+    /// As [`Blocking::run`], but waits no longer than `limit`. The call goes on after that, and its result is dropped there.
+    ///
+    /// # Errors
+    /// ETIMEDOUT; those of [`Blocking::run`].
+    pub async fn run_within<R: Send + 'static>(
+        &self,
+        limit: Duration,
+        call: impl FnOnce() -> R + Send + 'static,
+    ) -> Result<R> {
+        self.run(move || {
+            let (sender, receiver) = mpsc::sync_channel(1);
+            // (The call counts for as long as it is waited for: the caller can start no more than so many a time.)
+            let worker = std::thread::Builder::new().name("lloop-call".into()).spawn(move || sender.send(call()));
+            worker.map_err(|e| Error::os(e.raw_os_error().unwrap_or(libc::EAGAIN), "starting a thread"))?;
+            receiver.recv_timeout(limit).map_err(|e| match e {
+                mpsc::RecvTimeoutError::Timeout => Error::new(libc::ETIMEDOUT, format!("no answer for {limit:?}")),
+                mpsc::RecvTimeoutError::Disconnected => {
+                    Error::new(libc::EFAULT, "a blocking call has failed, see the log")
+                }
+            })
+        })
+        .await?
     }
 }
 

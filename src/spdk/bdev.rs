@@ -62,8 +62,10 @@ pub struct Description {
     pub num_blocks: u64,
     /// I/O does best from memory at multiples of this many bytes, a power of two; other memory works as well.
     pub memory_align_bytes: u32,
-    /// I/O does best within multiples of this many blocks; 0 for no preference. The bdev layer does not split there.
+    /// I/O does best within multiples of this many blocks; 0 for no preference.
     pub optimal_io_boundary_blocks: u32,
+    /// Whether the bdev layer splits there.
+    pub split_at_boundary: bool,
     /// Completed writes may be lost before a flush.
     pub write_cache: bool,
     /// Its identity.
@@ -259,7 +261,7 @@ pub fn register<D: Bdev, M: Module>(
     // we take any memory.
     bdev.required_alignment = 0;
     bdev.optimal_io_boundary = description.optimal_io_boundary_blocks;
-    compat::bdev_set_split_on_optimal_io_boundary(&mut bdev, false);
+    compat::bdev_set_split_on_optimal_io_boundary(&mut bdev, description.split_at_boundary);
     compat::bdev_set_phys_blocklen(&mut bdev, description.physical_block_bytes);
     // SAFETY: both are 16 bytes for which any value is valid.
     bdev.uuid = unsafe { std::mem::transmute_copy(description.uuid.as_bytes()) };

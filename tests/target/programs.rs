@@ -52,5 +52,5 @@ fn an_unmodified_spdk_tgt_with_liblloop_so() {
     let libraries = String::from_utf8_lossy(&ldd.stdout);
     assert!(libraries.contains("libspdk_bdev.so") && !libraries.contains("not found"), "{libraries}");
     let mut command = spdk_app("shared/build/bin/spdk_tgt");
-    serves(Target::start_program(command.env("LD_PRELOAD", &library), folder()));
+    serves(Target::start_program(command.env("LD_PRELOAD", &library).args(["-s", "512"]), folder()));
 }

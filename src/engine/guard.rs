@@ -1,0 +1,327 @@
+//! What keeps others from a file: locks, taken when it is attached, watched, and taken again when they are lost.
+//!
+//! On Lustre there are two, which fail independently of each other (facts/lustre.md, measured): the advisory lock (open-file
+//! description lock) at the metadata server, which an eviction drops silently, and the group lock at the storage servers, which
+//! shuts every stranger out and after an eviction fails each I/O with ENOLCK. While one of them is held without a gap nobody else
+//! can have come in, and the other is taken again without asking anybody. Where that is not so the volume is fenced until an
+//! operator decides.
+
+use crate::error::{Error, Result, reason};
+use crate::os::file::DirectFile;
+use crate::os::lock::{self, Outcome, Standing as LockStanding};
+use crate::os::lustre::group;
+use std::num::NonZeroU32;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Which locks are wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GuardOptions {
+    /// The advisory lock: shared or exclusive. `None` for no lock at all.
+    pub advisory: Option<Sharing>,
+    /// The group lock beside it, with its group.
+    pub group: Option<NonZeroU32>,
+    /// Unmaps are gathered, and done while the group lock is let go of.
+    pub discards: bool,
+    /// How long a lock is waited for.
+    pub timeout: Duration,
+}
+
+/// How a lock goes with others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// Shuts everybody out.
+    Exclusive,
+    /// Shuts exclusive ones out.
+    Shared,
+}
+
+/// How a guard stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Standing {
+    /// All is held that was taken.
+    Held,
+    /// A lock was lost and is being taken again; the queue is held.
+    Recovering,
+    /// A lock was lost, and somebody else may have been in: every I/O fails.
+    Fenced,
+}
+
+/// The locks of a volume.
+#[derive(Debug)]
+pub struct Guard {
+    options: GuardOptions,
+    /// What came of the advisory lock.
+    advisory: Option<Outcome>,
+    /// Another open file of the same, to ask the server through.
+    watch: Option<OwnedFd>,
+    standing: AtomicU8,
+    /// How often a lock was lost and taken again.
+    recoveries: AtomicU64,
+    /// The file's data version when it was fenced, to tell whether somebody has written since.
+    version_at_fence: AtomicU64,
+}
+
+impl Default for Guard {
+    fn default() -> Self {
+        Guard::none()
+    }
+}
+
+/// How long between two tries to get a lock back.
+const PAUSE: Duration = Duration::from_millis(100);
+
+impl Guard {
+    /// No locks.
+    pub fn none() -> Self {
+        Guard {
+            options: GuardOptions::default(),
+            advisory: None,
+            watch: None,
+            standing: AtomicU8::new(Standing::Held as u8),
+            recoveries: AtomicU64::new(0),
+            version_at_fence: AtomicU64::new(0),
+        }
+    }
+
+    /// Takes the advisory lock, which tells whether anybody has the file. Blocks.
+    ///
+    /// # Errors
+    /// EBUSY when somebody holds a lock that excludes it; the system's errno.
+    pub fn take_advisory(file: &DirectFile, options: GuardOptions) -> Result<Self> {
+        let shown = file.path().display();
+        let advisory = match options.advisory {
+            None => None,
+            Some(sharing) => Some(
+                lock::try_lock(file.as_fd(), sharing == Sharing::Exclusive)
+                    .map_err(|e| Error::os(e, format!("locking {shown}")))?,
+            ),
+        };
+        if advisory == Some(Outcome::Conflict) {
+            let who = if file.read_only() { "a writer" } else { "another process or node" };
+            return Err(Error::new(
+                libc::EBUSY,
+                format!("{shown} is in use by {who}, which holds a lock on it; detach it there first"),
+            ));
+        }
+        // Only a metadata server can lose a lock.
+        let watched = advisory == Some(Outcome::Held) && file.identity().fid.is_some();
+        let watch =
+            watched.then(|| file.duplicate()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
+        Ok(Guard { options, advisory, watch, ..Guard::none() })
+    }
+
+    /// Takes the group lock, if one is wanted. Needs every storage server of the file; blocks as long as they do.
+    ///
+    /// # Errors
+    /// EBUSY when another group has it; ENOTTY, EOPNOTSUPP and their like where the filesystem has no group locks.
+    pub fn take_group(&self, file: &DirectFile) -> Result<()> {
+        let Some(gid) = self.options.group else { return Ok(()) };
+        let shown = file.path().display();
+        match lock_group(file, gid) {
+            Ok(()) => Ok(()),
+            Err(libc::EAGAIN) => Err(Error::new(
+                libc::EBUSY,
+                format!(
+                    "{shown} is in use by another process or node, which holds a group lock on it; detach it there first, or give that group's id (group_id)"
+                ),
+            )),
+            Err(errno @ (libc::ENOTTY | libc::ENOSYS | libc::EOPNOTSUPP)) => {
+                Err(Error::new(errno, format!("{shown}: its filesystem has no group locks; use lock advisory")))
+            }
+            Err(errno) => Err(Error::os(errno, format!("taking the group lock of {shown}"))),
+        }
+    }
+
+    /// What came of the advisory lock; `None` when there was none wanted.
+    pub fn advisory(&self) -> Option<Outcome> {
+        self.advisory
+    }
+
+    /// The group of the group lock.
+    pub fn group(&self) -> Option<NonZeroU32> {
+        self.options.group
+    }
+
+    /// Whether a group lock was taken.
+    pub fn holds_group(&self) -> bool {
+        self.options.group.is_some()
+    }
+
+    /// Whether unmaps are gathered and done in batches.
+    pub fn gathers_discards(&self) -> bool {
+        self.options.group.is_some() && self.options.discards
+    }
+
+    /// Whether a server may lose a lock of this guard without anybody noticing.
+    pub fn wants_watching(&self) -> bool {
+        self.watch.is_some() && self.standing() == Standing::Held
+    }
+
+    /// How it stands.
+    pub fn standing(&self) -> Standing {
+        match self.standing.load(Ordering::Acquire) {
+            0 => Standing::Held,
+            1 => Standing::Recovering,
+            _ => Standing::Fenced,
+        }
+    }
+
+    /// How often locks were lost and taken again.
+    pub fn recoveries(&self) -> u64 {
+        self.recoveries.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_standing(&self, standing: Standing) {
+        self.standing.store(standing as u8, Ordering::Release);
+    }
+
+    /// Whether the advisory lock is still held, without a gap. Asks the server. Blocks.
+    ///
+    /// # Errors
+    /// The errno of a server that cannot be asked now.
+    pub fn advisory_is_held(&self, file: &DirectFile) -> Result<bool, i32> {
+        let Some(watch) = &self.watch else { return Ok(self.advisory == Some(Outcome::Held)) };
+        // The first answer after an eviction is EIO, the second tells.
+        let mut answer = lock::standing(watch.as_fd());
+        for _ in 0..3 {
+            if !matches!(answer, Err(libc::EIO | libc::ESHUTDOWN)) {
+                break;
+            }
+            std::thread::sleep(PAUSE / 2);
+            answer = lock::standing(watch.as_fd());
+        }
+        if answer? == LockStanding::Free {
+            return Ok(false);
+        }
+        // Somebody has it. It is us if it can be had again: nobody else's would let us.
+        self.retake_advisory(file)
+    }
+
+    fn retake_advisory(&self, file: &DirectFile) -> Result<bool, i32> {
+        let exclusive = self.options.advisory == Some(Sharing::Exclusive);
+        Ok(lock::try_lock(file.as_fd(), exclusive)? == Outcome::Held)
+    }
+
+    /// Whether the group lock is still there: a direct read says ENOLCK where it is not. Blocks.
+    fn group_is_held(&self, file: &DirectFile) -> bool {
+        self.options.group.is_some() && !matches!(file.trial_read(), Err(libc::ENOLCK))
+    }
+
+    /// Takes the group lock again after a call has said ENOLCK. No I/O is in flight, and none starts. Blocks.
+    ///
+    /// # Errors
+    /// Why the volume has to be fenced, for people.
+    pub(super) fn regain_group(&self, file: &DirectFile) -> Result<(), String> {
+        self.set_standing(Standing::Recovering);
+        match self.advisory {
+            Some(Outcome::Held) => match self.advisory_is_held(file) {
+                Ok(true) => {}
+                Ok(false) => return Err("the advisory lock is lost as well".into()),
+                Err(errno) => return Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
+            },
+            _ => return Err("there is no advisory lock that would have kept others out meanwhile".into()),
+        }
+        self.relock_group(file, true)
+    }
+
+    /// Takes the advisory lock again after it was seen to be gone. No I/O is in flight, and none starts. Blocks.
+    ///
+    /// # Errors
+    /// Why the volume has to be fenced, for people.
+    pub(super) fn regain_advisory(&self, file: &DirectFile) -> Result<(), String> {
+        self.set_standing(Standing::Recovering);
+        if !self.group_is_held(file) {
+            return Err("no group lock was held that would have kept others out meanwhile".into());
+        }
+        match self.retake_advisory(file) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("somebody else has taken it".into()),
+            Err(errno) => Err(format!("it cannot be taken again: {}", reason(errno))),
+        }
+    }
+
+    /// Lets go of the group lock for a moment, for what waits for ever under it. No I/O is in flight, and none starts. The advisory
+    /// lock stays. Blocks.
+    ///
+    /// # Errors
+    /// Why the volume has to be fenced, for people; `work` may have been done.
+    pub fn without_group(&self, file: &DirectFile, work: impl FnOnce()) -> Result<(), String> {
+        let Some(gid) = self.options.group else {
+            work();
+            return Ok(());
+        };
+        // (EINVAL: lost already; it is taken again below.)
+        match group::group_unlock(file.as_fd(), gid) {
+            Ok(()) | Err(libc::EINVAL) => {}
+            Err(errno) => return Err(format!("the group lock cannot be given back: {}", reason(errno))),
+        }
+        work();
+        self.relock_group(file, false)
+    }
+
+    /// Everything anew: for an operator, and for a file that was opened again. Blocks.
+    ///
+    /// # Errors
+    /// Who or what is in the way, for people.
+    pub(super) fn retake_all(&self, file: &DirectFile) -> Result<(), String> {
+        if let (Some(_), Some(Outcome::Held)) = (self.options.advisory, self.advisory) {
+            match self.retake_advisory(file) {
+                Ok(true) => {}
+                Ok(false) => return Err("somebody else holds the advisory lock".into()),
+                Err(errno) => return Err(format!("the advisory lock: {}", reason(errno))),
+            }
+        }
+        if self.options.group.is_some() {
+            self.relock_group(file, true)?;
+        }
+        Ok(())
+    }
+
+    fn relock_group(&self, file: &DirectFile, unlock_first: bool) -> Result<(), String> {
+        let Some(gid) = self.options.group else { return Ok(()) };
+        let deadline = Instant::now() + self.options.timeout;
+        if unlock_first {
+            // A lost lock has to be given back before it can be taken again; one that this file never had is no harm.
+            let _ = group::group_unlock(file.as_fd(), gid);
+        }
+        loop {
+            let errno = match lock_group(file, gid) {
+                Ok(()) => return Ok(()),
+                Err(errno) => errno,
+            };
+            if Instant::now() >= deadline {
+                return Err(match errno {
+                    libc::EAGAIN => "somebody else holds a group lock".into(),
+                    errno => format!("the group lock cannot be taken again: {}", reason(errno)),
+                });
+            }
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// Notes that it is fenced.
+    pub(super) fn fence(&self, file: &DirectFile) {
+        self.version_at_fence.store(group::data_version(file.as_fd()).unwrap_or(0), Ordering::Relaxed);
+        self.set_standing(Standing::Fenced);
+    }
+
+    /// Notes that all is well again; whether the file was written to while it was fenced, where that can be told.
+    pub(super) fn recovered(&self, file: &DirectFile) -> Option<bool> {
+        let was = self.version_at_fence.swap(0, Ordering::Relaxed);
+        self.set_standing(Standing::Held);
+        self.recoveries.fetch_add(1, Ordering::Relaxed);
+        (was != 0).then(|| group::data_version(file.as_fd()).is_ok_and(|now| now != was))
+    }
+}
+
+/// Asks for a group lock without waiting for another group.
+fn lock_group(file: &DirectFile, gid: NonZeroU32) -> Result<(), i32> {
+    file.set_nonblocking(true)?;
+    let result = group::group_lock(file.as_fd(), gid);
+    // (I/O on a regular file waits whatever this says, but Lustre is free to think otherwise.)
+    file.set_nonblocking(false)?;
+    result
+}

@@ -1,0 +1,206 @@
+//! What a worker does from its start to its end.
+
+use super::port::Mailbox;
+use super::request::Request;
+use super::retry::{Verdict, verdict};
+use super::sched::{FinishedWork, Work};
+use super::threads::{IDLE, NOBODY, Shared};
+use super::transfer::Transfer;
+use crate::os::clock::{self, Ticks};
+use crate::os::queue::{Batch, List};
+use crate::os::thread;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+use std::time::Duration;
+
+/// Where the answers of each port go.
+pub(super) type Ports<T> = Vec<Option<Arc<Mailbox<T>>>>;
+
+impl<T: Send + 'static> Shared<T> {
+    /// A worker's life.
+    pub(super) fn work(self: Arc<Self>) {
+        thread::run_anywhere_but(&self.reactor_cpus);
+        match Transfer::new() {
+            Ok(transfer) => self.work_with(transfer),
+            Err(error) => tracing::error!("a worker ends, there is no memory for it: {error}"),
+        }
+        self.live.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn work_with(&self, mut transfer: Transfer) {
+        let mut ports = Ports::new();
+        let mut ports_seen = u64::MAX;
+        let Some(busy) = self
+            .busy
+            .iter()
+            .find(|b| b.submitted.compare_exchange(NOBODY, IDLE, Ordering::Relaxed, Ordering::Relaxed).is_ok())
+        else {
+            return;
+        };
+        self.active.fetch_add(1, Ordering::SeqCst);
+        let mut finished: Option<(FinishedWork, Ticks, List<Request<T>>)> = None;
+        let mut picks_seen = self.picks.load(Ordering::Relaxed);
+        'awake: loop {
+            let mut sched = self.sched();
+            if let Some((work, took, again)) = finished.take() {
+                let retries = !again.is_empty();
+                if sched.finished(work, took, again) {
+                    self.quiet.notify_all();
+                }
+                if retries {
+                    // It is the supervisor who knows when their time has come.
+                    self.supervise.notify_one();
+                }
+            }
+            sched.accept(self.inbox.take_all());
+            if sched.is_troubled() {
+                self.attention.notify_one();
+            }
+            // More of us than fast calls are worth, and the others get on with it: leave it to them. (When they do not get on,
+            // they are stuck, whatever the averages say.)
+            let picks = self.picks.load(Ordering::Relaxed);
+            let surplus = self.active.load(Ordering::Relaxed) > self.budget && picks != picks_seen;
+            if let Some(work) = (!surplus).then(|| sched.take_next()).flatten() {
+                let more = sched.has_ready();
+                self.ready.store(more, Ordering::Relaxed);
+                picks_seen = picks.wrapping_add(1);
+                self.picks.store(picks_seen, Ordering::Relaxed);
+                drop(sched);
+                if more {
+                    self.watch();
+                }
+                let changed = self.ports_changed.load(Ordering::Acquire);
+                if changed != ports_seen {
+                    ports.clone_from(&self.ports());
+                    ports_seen = changed;
+                }
+                let Work { mut requests, slow, done, refused } = work;
+                let Some(first) = requests.front() else { continue };
+                if refused {
+                    answer(&ports, requests);
+                    continue;
+                }
+                busy.set(&done, first);
+                if slow {
+                    self.active.fetch_sub(1, Ordering::SeqCst);
+                    if (more || !self.inbox.is_empty()) && !self.spinning.load(Ordering::SeqCst) {
+                        self.wake_one();
+                    }
+                }
+                let start = clock::now();
+                let all_well = transfer.execute(&mut requests);
+                let now = clock::now();
+                busy.submitted.store(IDLE, Ordering::Relaxed);
+                if slow {
+                    self.active.fetch_add(1, Ordering::SeqCst);
+                }
+                let again = if all_well { List::default() } else { self.to_try_again(&mut requests, now) };
+                answer(&ports, requests);
+                finished = Some((done, now.wrapping_sub(start), again));
+                continue;
+            }
+            let left_over = sched.has_ready();
+            self.ready.store(left_over, Ordering::Relaxed);
+            drop(sched);
+            if self.spin(surplus) {
+                continue;
+            }
+            // Going to sleep. Announce it, stop being active, and look once more.
+            loop {
+                let announced = self.idle.announce();
+                let before = self.active.fetch_sub(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                // A surplus worker sleeps whatever there is to do, as long as another one is active: that one looks again.
+                let work_for_us = !self.inbox.is_empty() || self.sched().has_ready();
+                if (work_for_us && !(surplus && before > 1)) || self.retire_or_stop() {
+                    self.idle.cancel(announced);
+                } else {
+                    self.idle.wait(announced, None);
+                }
+                if self.retire_or_stop() {
+                    break 'awake;
+                }
+                self.active.fetch_add(1, Ordering::SeqCst);
+                if !self.inbox.is_empty() || self.sched().has_ready() {
+                    picks_seen = self.picks.load(Ordering::Relaxed);
+                    continue 'awake;
+                }
+            }
+        }
+        busy.submitted.store(NOBODY, Ordering::Relaxed);
+    }
+
+    /// Takes out of `requests` what failed in a way that passes, with the time of its next try.
+    fn to_try_again(&self, requests: &mut List<Request<T>>, now: Ticks) -> List<Request<T>> {
+        let (mut answered, mut again) = (List::default(), List::default());
+        let budget = Duration::from_millis(self.retry_budget_ms.load(Ordering::Relaxed));
+        while let Some(mut request) = requests.pop_front() {
+            if request.errno == 0 || !request.target.on_lustre() {
+                answered.push_back(request);
+                continue;
+            }
+            request.attempts += 1;
+            if request.attempts == 1 {
+                request.first_failure = now;
+            }
+            let waited = clock::to_duration(now.wrapping_sub(request.first_failure));
+            let guarded = request.target.guard().holds_group();
+            match verdict(request.errno, request.attempts, waited, budget, guarded) {
+                Verdict::Final => answered.push_back(request),
+                Verdict::Again(after) => {
+                    request.due = now + clock::to_ticks(after);
+                    again.push_back(request);
+                }
+                Verdict::LockLost | Verdict::Stale => {
+                    request.due = 0;
+                    again.push_back(request);
+                }
+            }
+        }
+        *requests = answered;
+        again
+    }
+
+    /// Whether this worker should end: the pool stops, or there are more than are wanted.
+    fn retire_or_stop(&self) -> bool {
+        self.stopping() || self.live.load(Ordering::Relaxed) > self.workers.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the inbox for a while; true when something came. One worker at a time does that.
+    fn spin(&self, surplus: bool) -> bool {
+        if surplus || self.spinning.swap(true, Ordering::SeqCst) {
+            return false;
+        }
+        let start = clock::now();
+        let mut came = false;
+        while !came && clock::now().wrapping_sub(start) < self.spin_ticks && !self.stopping() {
+            for _ in 0..8 {
+                came |= !self.inbox.is_empty();
+                if came {
+                    break;
+                }
+                std::hint::spin_loop();
+            }
+        }
+        // A submitter that saw the flag before this store relies on the look at the inbox that comes after it.
+        self.spinning.store(false, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        came || !self.inbox.is_empty()
+    }
+}
+
+/// Gives each request back to the port it came from.
+pub(super) fn answer<T>(ports: &Ports<T>, mut requests: List<Request<T>>) {
+    while let Some(first) = requests.pop_front() {
+        let port = first.port;
+        let mut batch = Batch::default();
+        batch.push(first);
+        // Merged requests mostly come from one port: one atomic operation for all of them.
+        while requests.front().is_some_and(|next| next.port == port) {
+            if let Some(next) = requests.pop_front() {
+                batch.push(next);
+            }
+        }
+        ports[port as usize].as_ref().expect("a port outlives its requests").push(batch);
+    }
+}

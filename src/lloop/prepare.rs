@@ -1,0 +1,202 @@
+//! What an attach does to a file before there is a device: locks, probes, layout. All of it can block, and runs off the reactor.
+
+use super::channel::Token;
+use super::device::{Facts, THREADS, URING};
+use super::options::{CreateParams, EngineChoice, LockChoice, StripeSplit, capacity_blocks};
+use crate::engine::guard::{Guard, GuardOptions, Sharing};
+use crate::engine::{LaneMap, Target, Uring};
+use crate::error::{Error, Result, reason};
+use crate::os::file::DirectFile;
+use crate::os::mount::Mount;
+use std::hash::{BuildHasher, Hasher};
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+/// A file that is ready to become a device.
+pub struct Prepared {
+    /// The file, with its locks.
+    pub target: Target,
+    /// How it is divided into lanes.
+    pub map: LaneMap,
+    /// What is shown of it.
+    pub facts: Facts,
+    /// Capacity of the device.
+    pub num_blocks: u64,
+    /// Blocks of a stripe, 0 where there are none.
+    pub stripe_blocks: u32,
+    /// Whether I/O is split at stripes.
+    pub split: bool,
+}
+
+/// Locks the file, drops its cached pages and finds out what it can do. Blocks. The file is closed, and its locks are gone, when this
+/// fails.
+///
+/// # Errors
+/// EBUSY when somebody else has it; EINVAL when the parameters do not fit it; the system's errnos.
+pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) -> Result<Prepared> {
+    let shown = params.filename.display();
+    let failed = |what: &str| {
+        let what = format!("{what} {shown}");
+        move |errno| Error::os(errno, &what)
+    };
+    let size_bytes = file.size_bytes().map_err(failed("asking for the size of"))?;
+    let align_bytes = (file.offset_align_bytes(), file.memory_align_bytes());
+    let num_blocks = capacity_blocks(params, size_bytes, align_bytes.0 as u64)?;
+
+    let options = guard_options(params, file.identity().fid.is_some(), lock_timeout)?;
+    let guard = Guard::take_advisory(&file, options)?;
+    file.drop_cache().map_err(failed("writing back the cached pages of"))?;
+    guard.take_group(&file)?;
+    // Under a group lock fallocate would wait for that lock for ever, so a probe needs to let go of it; and it is worth that only to
+    // somebody who has asked for discards.
+    let mut can_punch = false;
+    if params.discard.unwrap_or(!guard.holds_group()) {
+        let probed = guard.without_group(&file, || can_punch = file.can_punch());
+        probed.map_err(|why| Error::new(libc::EBUSY, format!("{shown}: {why}")))?;
+    }
+    let engine = choose_engine(params, &file);
+    let mount = Mount::of_device(file.identity().dev);
+    let facts = Facts {
+        identity: *file.identity(),
+        protection: protection(&guard, mount.as_ref()),
+        can_punch,
+        align_bytes,
+        engine,
+        uuid: params.uuid.unwrap_or_else(|| file.identity().uuid()),
+        mount,
+    };
+    let target = Target::guarded(file, guard, params.offset, params.block_size);
+    target.set_len_bytes(num_blocks * u64::from(params.block_size));
+    let map = if target.on_lustre() { target.read_layout() } else { None }.unwrap_or_else(LaneMap::single);
+    let stripe_bytes = target.layout().and_then(|layout| layout.stripe_size_bytes(size_bytes)).unwrap_or(0);
+    // (A boundary has to divide the device evenly, from its start on.)
+    let fits = stripe_bytes > 0 && params.offset.is_multiple_of(stripe_bytes);
+    let stripe_blocks = if fits { u32::try_from(stripe_bytes / u64::from(params.block_size)).unwrap_or(0) } else { 0 };
+    let split = match params.stripe_split {
+        StripeSplit::On => true,
+        StripeSplit::Off => false,
+        StripeSplit::Auto => target.on_lustre() && !client_splits(&client_version().unwrap_or_default()),
+    };
+    Ok(Prepared { target, map, facts, num_blocks, stripe_blocks, split: split && stripe_blocks > 0 })
+}
+
+/// Which locks a device takes.
+fn guard_options(params: &CreateParams, on_lustre: bool, timeout: Duration) -> Result<GuardOptions> {
+    let group_wanted = params.lock == Some(LockChoice::Group);
+    if group_wanted && !on_lustre {
+        return Err(Error::new(
+            libc::EINVAL,
+            format!(
+                "{}: group locks are Lustre's, and this file is not on it; use lock advisory",
+                params.filename.display()
+            ),
+        ));
+    }
+    let group = match params.lock {
+        Some(LockChoice::Group) => true,
+        Some(LockChoice::Advisory | LockChoice::Off) => false,
+        None => on_lustre && !params.read_only,
+    };
+    // Those that share a group share the advisory lock, too; it still keeps those out who know that one only.
+    let sharing = if params.read_only || params.group_id.is_some() { Sharing::Shared } else { Sharing::Exclusive };
+    Ok(GuardOptions {
+        advisory: (params.lock != Some(LockChoice::Off)).then_some(sharing),
+        group: group.then(|| params.group_id.unwrap_or_else(random_group)),
+        discards: params.discard == Some(true),
+        timeout,
+    })
+}
+
+/// A group of its own: with 2^32 of them no two devices share one by chance.
+fn random_group() -> NonZeroU32 {
+    let random = std::collections::hash_map::RandomState::new().build_hasher().finish();
+    NonZeroU32::new(random as u32).unwrap_or(NonZeroU32::MAX)
+}
+
+/// What keeps others from the file, for people.
+fn protection(guard: &Guard, mount: Option<&Mount>) -> &'static str {
+    use crate::os::lock::Outcome;
+    match (guard.group(), guard.advisory()) {
+        (Some(_), _) => "group",
+        (None, None) => "off",
+        (None, Some(Outcome::Held)) if mount.is_some_and(|mount| mount.has("localflock")) => "advisory, this node only",
+        (None, Some(Outcome::Held)) => "advisory",
+        (None, Some(_)) => "none",
+    }
+}
+
+/// Which engine the file gets, and why.
+fn choose_engine(params: &CreateParams, file: &DirectFile) -> (&'static str, String) {
+    let align_bytes = file.offset_align_bytes() as u64;
+    let impossible =
+        if !u64::from(params.block_size).is_multiple_of(align_bytes) || !params.offset.is_multiple_of(align_bytes) {
+            Some(format!("blocks are finer than the file's direct I/O of {align_bytes} bytes"))
+        } else if let Err(errno) = file.probe_nowait() {
+            Some(format!("the file has no non-blocking direct I/O ({})", reason(errno)))
+        } else if let Err(errno) = Uring::<Token>::probe() {
+            Some(format!("this kernel, or sandbox, has no io_uring ({})", reason(errno)))
+        } else {
+            None
+        };
+    match (params.engine, impossible) {
+        (EngineChoice::Threads, _) => (THREADS, "asked for".to_owned()),
+        (EngineChoice::Auto, None) => (URING, "the file does non-blocking direct I/O".to_owned()),
+        (EngineChoice::Uring, None) => (URING, "asked for".to_owned()),
+        (EngineChoice::Auto, Some(why)) => (THREADS, why),
+        (EngineChoice::Uring, Some(why)) => {
+            tracing::warn!("{}: engine uring was asked for, using threads: {why}", params.filename.display());
+            (THREADS, format!("uring was asked for, but {why}"))
+        }
+    }
+}
+
+/// The version of this node's Lustre client, as it says itself.
+pub fn client_version() -> Option<String> {
+    let text = std::fs::read_to_string("/sys/fs/lustre/version").ok()?;
+    Some(text.trim().trim_start_matches("lustre:").trim().to_owned())
+}
+
+/// Whether that client works on the stripes of one call in parallel: from 2.15 on (facts/lustre.md). One whose version is not known
+/// is taken for a new one.
+fn client_splits(version: &str) -> bool {
+    let mut numbers = version.split(['.', '-', '_']).map_while(|part| part.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) => (major, minor) >= (2, 15),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn params(more: serde_json::Value) -> CreateParams {
+        let mut json = json!({"filename": "/f"});
+        json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn locks_by_default_and_by_choice() {
+        let of = |more, lustre| guard_options(&params(more), lustre, Duration::ZERO);
+        let default = of(json!({}), true).unwrap();
+        assert!(default.group.is_some() && default.advisory == Some(Sharing::Exclusive) && !default.discards);
+        assert_ne!(default.group, of(json!({}), true).unwrap().group);
+        assert!(of(json!({}), false).unwrap().group.is_none());
+        assert!(of(json!({"read_only": true}), true).unwrap().group.is_none());
+        let shared = of(json!({"lock": "group", "group_id": 7}), true).unwrap();
+        assert_eq!((shared.group, shared.advisory), (NonZeroU32::new(7), Some(Sharing::Shared)));
+        assert_eq!(of(json!({"lock": "off"}), true).unwrap(), GuardOptions::default());
+        assert_eq!(of(json!({"lock": "group"}), false).unwrap_err().errno, libc::EINVAL);
+    }
+
+    #[test]
+    fn versions() {
+        for (version, splits) in
+            [("2.14.0", false), ("2.15.3", true), ("2.17.57_dirty", true), ("3.0", true), ("", true)]
+        {
+            assert_eq!(client_splits(version), splits, "{version}");
+        }
+    }
+}
