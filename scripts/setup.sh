@@ -118,6 +118,13 @@ if [ -n "$build" ]; then
 fi
 if [ -n "$tests" ]; then
 	"$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
+	# What makes a test's filesystem look like Lustre. A new file in place of the old one: programs may have that loaded.
+	shim=$CARGO_TARGET_DIR/lustre.so
+	if ! [ "$shim" -nt "$LLOOP_ROOT/tests/lustre.c" ]; then
+		quietly "building the stand-in for Lustre" "$shim.log" \
+			cc -O2 -Wall -Wextra -Werror -shared -fPIC -o "$shim.new" "$LLOOP_ROOT/tests/lustre.c"
+		mv "$shim.new" "$shim"
+	fi
 	# SPDK's client as PyPI has it: the plugin is tested with it, too.
 	venv=$LLOOP_CACHE/pypi-venv
 	if ! "$venv/bin/python" -c 'import spdk.rpc' 2>/dev/null; then

@@ -9,6 +9,7 @@ scripts/setup.sh --tests
 SPDK_DIR=$(scripts/spdk.sh)
 export SPDK_DIR
 export LLOOP_SPDK_APPS=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$SPDK_DIR")
+export LLOOP_LUSTRE_SHIM=$CARGO_TARGET_DIR/lustre.so
 export LLOOP_PYPI_VENV=$LLOOP_CACHE/pypi-venv
 
 if [ $# -eq 0 ]; then
@@ -21,6 +22,8 @@ if [ $# -eq 0 ]; then
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$CARGO_TARGET_DIR/loom \
 		cargo test --locked --release --no-default-features --lib loom_
 fi
+# With a filter cargo leaves the examples out, which the tests run.
+[ $# -eq 0 ] || quietly "building the tests' programs" "$CARGO_TARGET_DIR/examples.log" cargo build --locked --examples
 # Each test that starts a target has its own socket, hugepage files and folder; two at a time is what two cores and 2 GiB of
 # hugepages carry.
 cargo test --locked --no-fail-fast "$@" -- --test-threads=2

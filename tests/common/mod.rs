@@ -53,6 +53,11 @@ impl Target {
         Self::start_by(&mut Command::new(env!("CARGO_BIN_EXE_lloop_tgt")), args, folder())
     }
 
+    /// Starts one to which a mounted slowfs is Lustre.
+    pub fn start_on_lustre(args: &[&str]) -> Self {
+        Self::start_by(slow::on_lustre(&mut Command::new(env!("CARGO_BIN_EXE_lloop_tgt"))), args, folder())
+    }
+
     /// Starts one by `command` in `folder`.
     pub fn start_by(command: &mut Command, args: &[&str], folder: tempfile::TempDir) -> Self {
         // The kernel limits a socket's path to 107 bytes, and build folders can be deep.

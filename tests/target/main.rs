@@ -10,4 +10,5 @@ mod io;
 mod life;
 mod scripts;
 mod slow;
+mod standin;
 mod suites;

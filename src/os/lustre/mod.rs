@@ -1,6 +1,8 @@
-//! What Lustre tells about an open file. Numbers and meanings: the public uapi headers of Lustre, see facts/lustre.md.
+//! What Lustre tells about an open file, and what can be asked of it. Numbers and meanings: the public uapi headers of Lustre.
+//! On its own: the `lloop` command includes it as well.
 
-use super::errno;
+pub mod group;
+
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -40,6 +42,11 @@ pub fn fid(fd: BorrowedFd<'_>) -> Result<Fid, i32> {
         0 => Ok(fid),
         _ => Err(errno()),
     }
+}
+
+/// The calling thread's `errno` as a positive number.
+fn errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
 }
 
 const _: () = assert!(size_of::<Fid>() == 16 && std::mem::offset_of!(Fid, ver) == 12);
