@@ -2,6 +2,7 @@
 //! On its own: the `lloop` command includes it as well.
 
 pub mod group;
+pub mod layout;
 
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
