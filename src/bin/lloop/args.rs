@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::client::Address;
-use crate::{export, listen, options, size};
+use crate::{create, export, listen, options, size};
 use clap::{Parser, Subcommand, ValueHint};
 use std::env;
 use std::ffi::OsString;
@@ -171,6 +171,15 @@ pub struct Create {
     /// Allocate its space now, instead of when it is written
     #[arg(long)]
     pub preallocate: bool,
+    /// On Lustre: over how many OSTs it is striped, 1 to 2000, or -1 for all [default: the site's]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = create::parse_stripe_count)]
+    pub stripe_count: Option<u16>,
+    /// On Lustre: how much of it lies on an OST before the next one's turn (1M, 4M, ...), a multiple of 64K [default: the site's]
+    #[arg(long, value_name = "SIZE", value_parser = create::parse_stripe_size)]
+    pub stripe_size: Option<u32>,
+    /// On Lustre: the pool of OSTs that it is on [default: the site's]
+    #[arg(long, value_name = "NAME", value_parser = create::parse_pool)]
+    pub pool: Option<String>,
 }
 
 /// Ways to offer a device to others.
@@ -231,6 +240,8 @@ mod tests {
             "lloop options --set a=1 b=2 --set c=3",
             "lloop export nvmf lloop0 --allow-any-host --listen [::1]:4420",
             "lloop create f --size 0x10000",
+            "lloop create f --size 1G --stripe-count -1 --stripe-size 1M --pool flash_2.a-b",
+            "lloop create f --size 1G --stripe-count 2000 --preallocate",
             "lloop completions zsh",
         ] {
             assert!(parse(line).is_ok(), "{line}");
@@ -242,6 +253,15 @@ mod tests {
             "lloop create f",
             "lloop create f --size 0",
             "lloop create f --size 100",
+            "lloop create f --size 1G --stripe-count 0",
+            "lloop create f --size 1G --stripe-count 2001",
+            "lloop create f --size 1G --stripe-count -2",
+            "lloop create f --size 1G --stripe-size 0",
+            "lloop create f --size 1G --stripe-size 100K",
+            "lloop create f --size 1G --stripe-size 4G",
+            "lloop create f --size 1G --pool a/b",
+            "lloop create f --size 1G --pool abcdefghijklmnop",
+            "lloop create f --size 1G --pool=",
             "lloop export nvmf lloop0 --listen localhost",
             "lloop export nvmf lloop0 --allow-any-host --allow-host nqn.2014-08.org.nvmexpress:uuid:x",
             "lloop export nvmf lloop0 --allow-host me",

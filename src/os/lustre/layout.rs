@@ -12,8 +12,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 mod json;
 
-const MAGIC_V1: u32 = 0x0BD1_0BD0;
-const MAGIC_V3: u32 = 0x0BD3_0BD0;
+pub(super) const MAGIC_V1: u32 = 0x0BD1_0BD0;
+pub(super) const MAGIC_V3: u32 = 0x0BD3_0BD0;
 const MAGIC_COMPOSITE: u32 = 0x0BD6_0BD0;
 const MAGIC_FOREIGN: u32 = 0x0BD7_0BD0;
 /// Composite, with components that grow.
@@ -25,7 +25,7 @@ const FLAG_EXTENSION: u32 = 0x40;
 
 const V1_BYTES: usize = 32;
 const V3_BYTES: usize = 48;
-const POOL_BYTES: usize = 16;
+pub(super) const POOL_BYTES: usize = 16;
 const OBJECT_BYTES: usize = 24;
 const COMPOSITE_BYTES: usize = 32;
 const ENTRY_BYTES: usize = 48;
