@@ -58,7 +58,7 @@ class Bench:
         return path
 
     def slow_file(self):
-        """A file whose every read and write blocks its caller for a millisecond more (tests/slowfs.rs)."""
+        """A file whose every read and write blocks its caller for a millisecond more (tests/slowfs)."""
         if self.slow is None:
             backing = self.unwritten("slow.backing", 256 * MIB)
             with open(backing + ".faults", "w") as f:

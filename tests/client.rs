@@ -114,6 +114,7 @@ fn command(words: &[&str]) -> Result<String> {
         "unlock" => lustre::group::group_unlock(file().as_fd(), group()?).map_err(os)?,
         "version" => return Ok(lustre::group::data_version(file().as_fd()).map_err(os)?.to_string()),
         "fid" => return Ok(lustre::fid(file().as_fd()).map_err(os)?.to_string()),
+        "layout" => return Ok(lustre::layout::Layout::read(file().as_fd()).map_err(os)?.to_json().to_string()),
         "statfs" => return statfs(&file()),
         "record" => drop(record_lock(&file(), libc::F_OFD_SETLK, words[2])?),
         "record_wait" => drop(record_lock(&file(), libc::F_OFD_SETLKW, words[2])?),

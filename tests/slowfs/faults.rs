@@ -14,8 +14,8 @@
 //!
 //! How the filesystem is:
 //! - `stripes=COUNT:SIZE`: which OST has which bytes, where BACKING.lov does not tell; `osts=N`: how many there are (4)
-//! - `no_fallocate`: as on ZFS servers; `fid=N`: another file stands there now; `ignore_setstripe`, `ignore_pool`: what some
-//!   sites do with new files
+//! - `no_fallocate`: as on ZFS servers; `fid=N`: another file stands there now; `ignore_setstripe` (the defaults
+//!   instead), `skip_setstripe` (nothing yet), `ignore_pool`: what some sites do with new files
 
 use crate::layout::Map;
 use std::os::unix::fs::MetadataExt;
@@ -95,6 +95,7 @@ pub struct Faults {
     pub no_fallocate: bool,
     pub fid: Option<u32>,
     pub ignore_setstripe: bool,
+    pub skip_setstripe: bool,
     pub ignore_pool: bool,
     /// The number, and which OST.
     pub evict_ost: Option<(u64, Option<u32>)>,
@@ -137,6 +138,7 @@ impl Faults {
                     "no_fallocate" => faults.no_fallocate = true,
                     "fid" => faults.fid = Some(number() as u32),
                     "ignore_setstripe" => faults.ignore_setstripe = true,
+                    "skip_setstripe" => faults.skip_setstripe = true,
                     "ignore_pool" => faults.ignore_pool = true,
                     other => panic!("unknown fault {other}"),
                 }

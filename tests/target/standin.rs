@@ -24,11 +24,21 @@ fn standin_is_lustre_to_those_that_it_is_preloaded_into() {
     assert_eq!(client.ok("xattr a lustre.lov 80"), hex);
     assert_eq!(client.ok("xattrs a 100"), "lustre.lov user.slowfs.stats ");
     assert_eq!(client.call("xattrs a 5"), Err(libc::ERANGE));
+    // The parser reads it from an open file; a file may be striped over more OSTs than a first buffer holds.
+    let layout: serde_json::Value = serde_json::from_str(&client.ok("layout a")).unwrap();
+    assert_eq!((&layout["lmm_stripe_count"], &layout["lmm_stripe_size"]), (&json!(2), &json!(MIB)));
+    let wide = [&lov[..28], &2000u16.to_le_bytes(), &[0xFF; 2], &lov[32..56].repeat(2000)].concat();
+    slow.set_layout(&wide);
+    let layout: serde_json::Value = serde_json::from_str(&client.ok("layout a")).unwrap();
+    assert_eq!(layout["lmm_objects"].as_array().unwrap().len(), 2000);
+    slow.set_layout(&lov[..79]);
+    assert_eq!(client.call("layout a"), Err(libc::EBADMSG));
     slow.set_layout(&fixture("v3-pool"));
     assert_eq!(client.ok("xattr a lustre.lov 0"), "96", "never cached");
     std::fs::remove_file(slow.backing.with_file_name("backing.lov")).unwrap();
     assert_eq!(client.call("xattr a lustre.lov 100"), Err(libc::ENODATA));
     assert_eq!(client.ok("xattrs a 100"), "user.slowfs.stats ");
+    assert_eq!(client.call("layout a"), Err(libc::ENODATA));
     let mountpoint = slow.mountpoint.display();
     for (list, expected) in [
         ("/proc/self/mountinfo", " - lustre 127.0.0.1@tcp:/standin rw,flock,"),

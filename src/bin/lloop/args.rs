@@ -1,7 +1,7 @@
 //! The command line.
 
 use crate::client::Address;
-use crate::{export, iscsi, listen, options, size, vhost};
+use crate::{create, export, iscsi, listen, options, size, vhost};
 use clap::{Arg, ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand, ValueHint, value_parser};
 use std::env;
 use std::ffi::OsString;
@@ -237,6 +237,15 @@ pub struct Create {
     /// Allocate its space now, instead of when it is written
     #[arg(long)]
     pub preallocate: bool,
+    /// On Lustre: over how many OSTs it is striped, 1 to 2000, or -1 for all [default: the site's]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = create::parse_stripe_count)]
+    pub stripe_count: Option<u16>,
+    /// On Lustre: how much of it lies on an OST before the next one's turn (1M, 4M, ...), a multiple of 64K [default: the site's]
+    #[arg(long, value_name = "SIZE", value_parser = create::parse_stripe_size)]
+    pub stripe_size: Option<u32>,
+    /// On Lustre: the pool of OSTs that it is on [default: the site's]
+    #[arg(long, value_name = "NAME", value_parser = create::parse_pool)]
+    pub pool: Option<String>,
 }
 
 /// Ways to offer a device to others.
@@ -420,6 +429,8 @@ mod tests {
             "lloop unexport nvmf lloop0 --nqn nqn.2026-11.io.lloop:x",
             "lloop unexport iscsi lloop0 --json",
             "lloop create f --size 0x10000",
+            "lloop create f --size 1G --stripe-count -1 --stripe-size 1M --pool flash_2.a-b",
+            "lloop create f --size 1G --stripe-count 2000 --preallocate",
             "lloop completions zsh",
         ] {
             assert!(parse(line).is_ok(), "{line}");
@@ -431,6 +442,15 @@ mod tests {
             "lloop create f",
             "lloop create f --size 0",
             "lloop create f --size 100",
+            "lloop create f --size 1G --stripe-count 0",
+            "lloop create f --size 1G --stripe-count 2001",
+            "lloop create f --size 1G --stripe-count -2",
+            "lloop create f --size 1G --stripe-size 0",
+            "lloop create f --size 1G --stripe-size 100K",
+            "lloop create f --size 1G --stripe-size 4G",
+            "lloop create f --size 1G --pool a/b",
+            "lloop create f --size 1G --pool abcdefghijklmnop",
+            "lloop create f --size 1G --pool=",
             "lloop export nvmf lloop0 --listen localhost",
             "lloop export nvmf lloop0 --allow-any-host --allow-host nqn.2014-08.org.nvmexpress:uuid:x",
             "lloop export nvmf lloop0 --allow-host me",

@@ -1,49 +1,175 @@
 //! `lloop create`: an image to attach. The target has no part in it.
 
+use crate::args::Create;
 use crate::error::{Error, Result};
+use crate::lustre::create::{O_LOV_DELAY_CREATE, Striping, is_on_lustre, set_stripe};
+use crate::lustre::layout::{ALL_OSTS, Layout, STRIPE_UNIT_BYTES};
 use crate::output::Report;
 use crate::size;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, open};
 use rustix::io::{Errno, retry_on_intr};
 use serde_json::json;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Makes an image, sparse or with all its space. What is there is never touched, and a half-made image does not stay.
+const MAX_STRIPES: i32 = 2000;
+const MAX_POOL_BYTES: usize = 15;
+
+/// A stripe count as it is typed: 1 to 2000, or -1 for all OSTs.
 ///
 /// # Errors
-/// When the file exists, or cannot be made.
-pub fn create(file: &Path, size_bytes: u64, preallocate: bool) -> Result<Report> {
+/// A sentence.
+pub fn parse_stripe_count(text: &str) -> Result<u16, String> {
+    match text.parse::<i32>() {
+        Ok(-1) => Ok(ALL_OSTS as u16),
+        Ok(count @ 1..=MAX_STRIPES) => Ok(count as u16),
+        _ => Err(format!("must be 1 to {MAX_STRIPES}, or -1 for all OSTs")),
+    }
+}
+
+/// A stripe size as it is typed.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_stripe_size(text: &str) -> Result<u32, String> {
+    let bytes = size::parse(text)?;
+    match u32::try_from(bytes) {
+        Ok(size) if size > 0 && bytes.is_multiple_of(STRIPE_UNIT_BYTES) => Ok(size),
+        _ => Err("must be a multiple of 64K, and less than 4G".to_owned()),
+    }
+}
+
+/// The name of a pool as it is typed.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_pool(text: &str) -> Result<String, String> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    if !text.is_empty() && text.len() <= MAX_POOL_BYTES && text.chars().all(is_name) {
+        Ok(text.to_owned())
+    } else {
+        Err(format!("a pool's name has 1 to {MAX_POOL_BYTES} letters, digits, dots, underscores and hyphens"))
+    }
+}
+
+/// Makes an image, sparse or with all its space, on Lustre striped as asked for. What is there is never touched, and a
+/// half-made image does not stay.
+///
+/// # Errors
+/// When the file exists, cannot be made, or not as it was asked for.
+pub fn create(command: &Create) -> Result<Report> {
+    let (file, size_bytes, preallocate) = (&command.file, command.size_bytes, command.preallocate);
     let shown = file.display();
-    let image = OpenOptions::new().write(true).create_new(true).open(file).map_err(|e| {
-        Error::Failed(match e.kind() {
-            io::ErrorKind::AlreadyExists => format!("{shown} exists already; lloop create overwrites nothing"),
-            _ => format!("cannot create {shown}: {}", reason(&e)),
-        })
+    let striping = striping(command);
+    let on_lustre = folder_is_on_lustre(file).map_err(|e| cannot(file, &e))?;
+    if striping.is_some() && !on_lustre {
+        return Err(Error::Failed(format!(
+            "{shown} would not be on Lustre, which alone stripes files; leave --stripe-count, --stripe-size and --pool out"
+        )));
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(true);
+    if striping.is_some() {
+        options.custom_flags(O_LOV_DELAY_CREATE);
+    }
+    let image = options.open(file).map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => {
+            Error::Failed(format!("{shown} exists already; lloop create overwrites nothing"))
+        }
+        _ => cannot(file, &e),
     })?;
-    if let Err(e) = fill(&image, size_bytes, preallocate) {
+    let made = striping.map_or(Ok(()), |striping| stripe(&image, &striping));
+    let made = made.and_then(|()| fill(&image, size_bytes, preallocate, on_lustre));
+    if let Err(e) = made {
         let left = match fs::remove_file(file) {
             Ok(()) => String::new(),
             Err(e) => format!("; and what was made of it cannot be removed: {}", reason(&e)),
         };
-        return Err(Error::Failed(format!(
-            "cannot create {shown} with {}: {}{left}",
-            size::exact(size_bytes),
-            reason(&e)
-        )));
+        let size = size::exact(size_bytes);
+        return Err(Error::Failed(format!("cannot create {shown} with {size}: {}{left}", reason(&e))));
     }
     let kind = if preallocate { "allocated" } else { "sparse" };
-    Ok(Report {
-        text: format!("{shown}: {}, {kind}\n", size::exact(size_bytes)),
-        json: json!({"filename": file.to_string_lossy(), "size": size_bytes, "preallocated": preallocate}),
-    })
+    let mut text = format!("{shown}: {}, {kind}", size::exact(size_bytes));
+    let mut json = json!({"filename": file.to_string_lossy(), "size": size_bytes, "preallocated": preallocate});
+    if on_lustre && let Ok(layout) = Layout::read(image.as_fd()) {
+        text += &in_words(&layout);
+        json["layout"] = layout.to_json();
+    }
+    Ok(Report { text: text + "\n", json })
 }
 
-fn fill(image: &File, size_bytes: u64, preallocate: bool) -> io::Result<()> {
+/// What was asked for; none if all is left to the site.
+fn striping(command: &Create) -> Option<Striping> {
+    let striping = Striping {
+        stripe_count: command.stripe_count.unwrap_or(0),
+        stripe_size_bytes: command.stripe_size.unwrap_or(0),
+        pool: command.pool.clone(),
+    };
+    (striping != Striping::default()).then_some(striping)
+}
+
+fn folder_is_on_lustre(file: &Path) -> io::Result<bool> {
+    let folder = match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    // No permission to read it is needed.
+    let folder = open(folder, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    is_on_lustre(folder.as_fd()).map_err(io::Error::from_raw_os_error)
+}
+
+/// Stripes a new file, and looks whether that is what it got.
+fn stripe(image: &File, striping: &Striping) -> io::Result<()> {
+    set_stripe(image.as_fd(), striping).map_err(|errno| {
+        let advice = match errno {
+            libc::EEXIST | libc::EALREADY => {
+                "this site gives new files a layout that cannot be chosen; leave the striping out"
+            }
+            libc::EINVAL | libc::ENOENT => "are there such a pool (lfs pool_list) and so many OSTs (lfs osts)?",
+            _ => "leave --stripe-count, --stripe-size and --pool out to take what the site has",
+        };
+        io::Error::other(format!(
+            "Lustre refuses this striping: {}; {advice}",
+            reason(&io::Error::from_raw_os_error(errno))
+        ))
+    })?;
+    let unmet = match Layout::read(image.as_fd()) {
+        Ok(layout) => striping.unmet(&layout),
+        Err(libc::ENODATA) => Some("it has no layout".to_owned()),
+        Err(errno) => return Err(io::Error::from_raw_os_error(errno)),
+    };
+    match unmet {
+        None => Ok(()),
+        Some(what) => Err(io::Error::other(format!(
+            "Lustre took the striping without an error, but did not do it: {what}. The site may not allow it, or have fewer OSTs \
+             (lfs osts, lfs pool_list); ask for what it has"
+        ))),
+    }
+}
+
+/// A layout in a few words, behind a comma.
+fn in_words(layout: &Layout) -> String {
+    match &layout.components[..] {
+        [component] if !layout.composite && component.pattern.is_striped() => {
+            let pool = component.pool.as_ref().map_or(String::new(), |pool| format!(" in pool {pool}"));
+            let stripes = if component.stripe_count == 1 { "stripe" } else { "stripes" };
+            format!(", {} {stripes} of {}{pool}", component.stripe_count, size::human(component.stripe_size_bytes))
+        }
+        components if layout.composite => format!(", a layout of {} components", components.len()),
+        _ => String::new(),
+    }
+}
+
+fn fill(image: &File, size_bytes: u64, preallocate: bool, on_lustre: bool) -> io::Result<()> {
     if preallocate {
         retry_on_intr(|| fallocate(image, FallocateFlags::empty(), 0, size_bytes)).map_err(|e| match e {
             // Writing zeroes instead, as posix_fallocate does, would take hours for what people have in mind.
+            Errno::OPNOTSUPP if on_lustre => io::Error::other(
+                "these Lustre servers allocate no space ahead (those on ZFS never do); leave --preallocate out",
+            ),
             Errno::OPNOTSUPP => io::Error::other("this filesystem allocates no space ahead; leave --preallocate out"),
             e => e.into(),
         })?;
@@ -52,6 +178,10 @@ fn fill(image: &File, size_bytes: u64, preallocate: bool) -> io::Result<()> {
     }
     // Some filesystems notice only now that there is no space, or a quota.
     image.sync_all()
+}
+
+fn cannot(file: &Path, error: &io::Error) -> Error {
+    Error::Failed(format!("cannot create {}: {}", file.display(), reason(error)))
 }
 
 /// The system's words without its number.
@@ -65,15 +195,23 @@ mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;
 
+    fn image(file: &Path, size_bytes: u64, preallocate: bool) -> Create {
+        Create { file: file.to_owned(), size_bytes, preallocate, stripe_count: None, stripe_size: None, pool: None }
+    }
+
+    fn refused(command: &Create) -> String {
+        create(command).err().unwrap().to_string()
+    }
+
     #[test]
     fn images_are_made_once() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.img");
-        let report = create(&file, 1 << 20, false).unwrap();
+        let report = create(&image(&file, 1 << 20, false)).unwrap();
         let about = fs::metadata(&file).unwrap();
         assert_eq!((about.len(), about.blocks()), (1 << 20, 0));
-        assert!(report.text.contains("1048576 bytes (1 MiB), sparse") && report.json["size"] == 1 << 20);
-        let error = create(&file, 2 << 20, false).err().unwrap().to_string();
+        assert!(report.text.contains("1048576 bytes (1 MiB), sparse\n") && report.json["size"] == 1 << 20);
+        let error = refused(&image(&file, 2 << 20, false));
         assert!(error.contains("exists already"), "{error}");
         assert_eq!(fs::metadata(&file).unwrap().len(), 1 << 20, "it is untouched");
     }
@@ -83,12 +221,26 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("a.img");
         for preallocate in [false, true] {
-            let error = create(&file, 1 << 62, preallocate).err().unwrap().to_string();
+            let error = refused(&image(&file, 1 << 62, preallocate));
             assert!(error.contains("a.img") && !error.contains("os error"), "{error}");
             assert!(!file.exists());
         }
-        assert!(
-            create(Path::new("/nonexistent/a.img"), 4096, false).err().unwrap().to_string().contains("No such file")
-        );
+        assert!(refused(&image(Path::new("/nonexistent/a.img"), 4096, false)).contains("No such file"));
+    }
+
+    #[test]
+    fn striping_is_for_lustre() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.img");
+        let plain = || image(&file, 1 << 20, false);
+        for command in [
+            Create { stripe_count: Some(2), ..plain() },
+            Create { stripe_size: Some(1 << 20), ..plain() },
+            Create { pool: Some("flash".into()), ..plain() },
+        ] {
+            let error = refused(&command);
+            assert!(error.contains("a.img") && error.contains("Lustre") && error.contains("--pool"), "{error}");
+            assert!(!file.exists());
+        }
     }
 }

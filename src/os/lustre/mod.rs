@@ -1,7 +1,9 @@
 //! What Lustre tells about an open file, and what can be asked of it. Numbers and meanings: the public uapi headers of Lustre.
 //! On its own: the `lloop` command includes it as well.
 
+pub mod create;
 pub mod group;
+pub mod layout;
 
 use std::fmt;
 use std::os::fd::{AsRawFd, BorrowedFd};
