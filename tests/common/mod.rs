@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 pub mod fuzz;
+pub mod load;
 pub mod nvme;
 pub mod slow;
 
@@ -171,6 +172,16 @@ impl Target {
             }
         }
         panic!("no port to listen on");
+    }
+
+    /// One more connection to a device that is exported already.
+    pub fn export_again(&self, bdev: &str) -> nvme::Nvme {
+        let nqn = format!("nqn.2026-11.io.lloop.test:{bdev}");
+        let subsystems = self.ok("nvmf_get_subsystems", json!({}));
+        let ours = subsystems.as_array().unwrap().iter().find(|s| s["nqn"] == json!(nqn)).unwrap();
+        let address = &ours["listen_addresses"][0];
+        let address = format!("{}:{}", address["traddr"].as_str().unwrap(), address["trsvcid"].as_str().unwrap());
+        nvme::Nvme::connect(&address, &nqn, self.bdev(bdev)["block_size"].as_u64().unwrap() as usize).unwrap()
     }
 
     /// An initiator's connection to a device exported for it.

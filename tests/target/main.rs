@@ -15,6 +15,7 @@ mod interrupt;
 mod io;
 mod iscsi;
 mod life;
+mod lustre;
 mod metrics;
 mod programs;
 mod scripts;
