@@ -76,19 +76,20 @@ impl Roots {
                 format!("{shown} {why}; lloop_tgt was started with --root {roots} and attaches files in there only"),
             ))
         };
-        // The words of a path only choose the folder. What is below it is for the kernel to find. Of folders in each other the
-        // innermost is taken: what can be reached from that can be reached from the outer one, too.
-        let below = self.0.iter().filter_map(|root| root.below(path).map(|rest| (root, rest)));
-        let Some((root, rest)) = below.min_by_key(|(_, rest)| rest.as_os_str().len()) else {
-            return Err(outside("is outside"));
-        };
-        match root.look_up(rest) {
-            Ok(handle) => Ok(handle),
-            Err(Errno::XDEV) => {
-                Err(outside("leads outside, by .. or by a symbolic link (absolute ones are not followed)"))
+        // The words of a path only choose the folder. What is below it is for the kernel to find. Folders may lie in each other,
+        // and what leads out of one need not lead out of another.
+        let mut left_by_links = false;
+        for (root, rest) in self.0.iter().filter_map(|root| root.below(path).map(|rest| (root, rest))) {
+            match root.look_up(rest) {
+                Ok(handle) => return Ok(handle),
+                Err(Errno::XDEV) => left_by_links = true,
+                Err(errno) => return Err(OpenError::System(errno.raw_os_error())),
             }
-            Err(errno) => Err(OpenError::System(errno.raw_os_error())),
         }
+        Err(outside(match left_by_links {
+            true => "leads outside, by .. or by a symbolic link (absolute ones are not followed)",
+            false => "is outside",
+        }))
     }
 }
 
@@ -192,6 +193,9 @@ mod tests {
         let both = Roots::open(&[root.clone(), out.clone()]).unwrap();
         assert!(both.open_handle(&out.join("b")).is_ok() && both.open_handle(&root.join("sub/a")).is_ok());
         refused(&both, &root.join("file"));
+        let nested = Roots::open(&[root.join("sub"), root.clone()]).unwrap();
+        assert!(nested.open_handle(&root.join("sub/../link")).is_ok());
+        refused(&nested, &root.join("sub/../../out/b"));
     }
 
     #[test]

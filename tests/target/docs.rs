@@ -137,6 +137,25 @@ fn security() {
     run_page("security.md");
 }
 
+/// The pages above. Another page with commands that run needs a test as well.
+const RUN: [&str; 7] = [
+    "many-small-files.md",
+    "quick-start.md",
+    "security.md",
+    "serving-hosts-without-lustre.md",
+    "troubleshooting.md",
+    "tuning.md",
+    "vm-on-lustre.md",
+];
+
+#[test]
+fn no_page_is_forgotten() {
+    let pages = pages();
+    let with_commands =
+        pages.iter().filter(|(page, text)| blocks(page, text).iter().any(|block| block.fate == Fate::Run));
+    assert_eq!(with_commands.map(|(page, _)| page.as_str()).collect::<Vec<_>>(), RUN);
+}
+
 /// The words of each call of one of our programs in a block: lines are put together at backslashes, comments left out.
 fn calls(text: &str) -> Vec<Vec<String>> {
     let joined = text.replace("\\\n", " ");
