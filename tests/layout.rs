@@ -12,13 +12,18 @@ use std::path::{Path, PathBuf};
 
 const MIB: u64 = 1 << 20;
 
+/// Attributes of real files.
 fn fixtures() -> Vec<(PathBuf, Vec<u8>)> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/lustre");
+    layouts_in("tests/fixtures/lustre")
+}
+
+fn layouts_in(folder: &str) -> Vec<(PathBuf, Vec<u8>)> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let layouts = files.filter(|path| path.extension().is_some_and(|e| e == "lov"));
     let mut all: Vec<_> = layouts.map(|path| (path.clone(), std::fs::read(&path).unwrap())).collect();
     all.sort();
-    assert!(all.len() >= 5, "the fixtures are there");
+    assert!(all.len() >= 5, "they are there");
     all
 }
 
@@ -245,7 +250,12 @@ fn arbitrary_bytes_do_no_harm() {
 
 #[test]
 fn mutated_layouts_do_no_harm() {
-    let corpus = fixtures().into_iter().map(|(_, lov)| lov).collect();
+    // Real ones, and kinds that there was no real file of.
+    let made_up = layouts_in("tests/corpus/layout");
+    for (path, lov) in &made_up {
+        assert!(accepted(lov), "{}", path.display());
+    }
+    let corpus = fixtures().into_iter().chain(made_up).map(|(_, lov)| lov).collect();
     let accepted_cases = std::sync::atomic::AtomicU64::new(0);
     fuzz(&mutated(corpus), |bytes| {
         accepted_cases.fetch_add(u64::from(accepted(&bytes)), std::sync::atomic::Ordering::Relaxed);

@@ -102,7 +102,12 @@ pub(super) unsafe fn write_named(writer: *mut sys::spdk_json_write_ctx, name: &s
 }
 
 #[cfg(test)]
+#[path = "../../tests/common/fuzz.rs"]
+mod fuzz;
+
+#[cfg(test)]
 mod tests {
+    use super::fuzz::{fuzz, json, mutated};
     use super::*;
 
     unsafe extern "C" {
@@ -116,17 +121,42 @@ mod tests {
         ) -> isize;
     }
 
-    fn parse(text: &str) -> Result<Value, String> {
-        let mut bytes = text.as_bytes().to_vec();
+    /// What SPDK's parser and we make of a text; none where SPDK refuses it.
+    fn parse_bytes(text: &[u8]) -> Option<Result<Value, String>> {
+        let mut bytes = text.to_vec();
         // SAFETY: zeroes are a valid spdk_json_val.
         let mut values: Vec<sys::spdk_json_val> = vec![unsafe { std::mem::zeroed() }; 256];
         let mut end = std::ptr::null_mut();
         // SAFETY: the buffers are live and their lengths given; flag 1 is SPDK_JSON_PARSE_FLAG_DECODE_IN_PLACE.
         let n =
             unsafe { spdk_json_parse(bytes.as_mut_ptr().cast(), bytes.len(), values.as_mut_ptr(), 256, &mut end, 1) };
-        assert!(n > 0, "SPDK does not parse {text}: {n}");
-        // SAFETY: a complete value was parsed.
-        unsafe { to_value(values.as_ptr()) }
+        // SAFETY: a complete value was parsed, which had room.
+        (1..=256).contains(&n).then(|| unsafe { to_value(values.as_ptr()) })
+    }
+
+    fn parse(text: &str) -> Result<Value, String> {
+        parse_bytes(text.as_bytes()).unwrap_or_else(|| panic!("SPDK does not parse {text}"))
+    }
+
+    #[test]
+    fn whatever_spdk_parses_serde_parses_alike() {
+        fuzz(&json(), |value| {
+            let text = value.to_string();
+            assert!(parse_bytes(text.as_bytes()).is_none_or(|parsed| parsed == Ok(value)), "{text}");
+        });
+    }
+
+    #[test]
+    fn no_text_does_harm() {
+        let corpus = [
+            r#"{"filename": "/lustre/\u00e5\ud83d\ude00\n", "offset": 18446744073709551615, "more": [1e999, -0.5E-7, {}, []]}"#,
+            r#"{"name": "lloop0", "force": true, "deep": [[[[[[[[[[{"a": {"b": null}}]]]]]]]]]]}"#,
+        ];
+        fuzz(&mutated(corpus.map(|text| text.as_bytes().to_vec()).to_vec()), |text| {
+            if let Some(Ok(value)) = parse_bytes(&text) {
+                assert_eq!(parse(&value.to_string()), Ok(value));
+            }
+        });
     }
 
     #[test]

@@ -89,8 +89,11 @@ unsafe extern "C" fn handle<M: Method>(request: *mut sys::spdk_jsonrpc_request, 
     }
 }
 
-/// Parameters from JSON; a sentence that names the key when they do not fit.
-fn parse<P: DeserializeOwned>(value: Value) -> Result<P, String> {
+/// Parameters from JSON.
+///
+/// # Errors
+/// A sentence that names the key that does not fit.
+pub fn parse<P: DeserializeOwned>(value: Value) -> Result<P, String> {
     let value = if value.is_null() { Value::Object(Map::new()) } else { value };
     if !value.is_object() {
         return Err("they must be an object of named parameters".to_owned());

@@ -1,7 +1,10 @@
 //! Fuzzing on stable Rust: properties checked on as many cases as there is time for.
 
+#![allow(dead_code)] // each user uses its part
+
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use serde_json::{Map, Value};
 use std::time::{Duration, Instant};
 
 /// Checks a property on a few hundred cases (`PROPTEST_CASES`), or for `LLOOP_FUZZ_SECONDS`. A case that fails is made small and
@@ -23,6 +26,27 @@ pub fn fuzz<S: Strategy>(strategy: &S, check: impl Fn(S::Value)) {
             return;
         }
     }
+}
+
+/// Any JSON, with what is at the borders of numbers and strings in it more often than chance has it.
+pub fn json() -> impl Strategy<Value = Value> {
+    let words = ["", "lloop0", "auto", "group", "\0", "\u{1F600}\n", "6c6c6f6f-7000-5000-8000-6c7573747265", "/a/../b"];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        prop::sample::select(vec![0, 1, 511, 512, 4096, 1 << 31, 1 << 32, 1 << 63, u64::MAX]).prop_map(Value::from),
+        prop::sample::select(words.to_vec()).prop_map(Value::from),
+        "\\PC{0,12}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(4, 32, 6, |inner| {
+        let object = proptest::collection::vec(("[a-z_]{0,6}", inner.clone()), 0..6);
+        prop_oneof![
+            proptest::collection::vec(inner, 0..6).prop_map(Value::from),
+            object.prop_map(|pairs| Value::Object(pairs.into_iter().collect::<Map<_, _>>())),
+        ]
+    })
 }
 
 /// One of the samples, changed here and there: bytes, 16-, 32- and 64-bit numbers, parts left out, doubled or moved.
