@@ -126,6 +126,8 @@ pub(super) struct Shared<T> {
     pub(super) supervise: Event,
     /// There are too few workers.
     too_few: AtomicBool,
+    /// The supervisor has not yet seen when the newest are due.
+    pub(super) new_retries: AtomicBool,
     /// The system gave us none; that was said.
     no_more_threads: AtomicBool,
     /// Ports whose threads sleep when they have nothing to do.
@@ -233,6 +235,7 @@ impl<T: Send + 'static> Pool<T> {
             idle: Event::default(),
             supervise: Event::default(),
             too_few: AtomicBool::new(false),
+            new_retries: AtomicBool::new(false),
             no_more_threads: AtomicBool::new(false),
             sleepers: AtomicU32::new(0),
             watching: AtomicBool::new(false),
@@ -482,9 +485,15 @@ impl<T: Send + 'static> Shared<T> {
                 self.supervise.cancel(announced);
                 break;
             }
+            // What was wanted before the announcement rang for nobody.
+            let wanted = self.new_retries.swap(false, Ordering::SeqCst) || self.too_few.load(Ordering::SeqCst);
             let until_due = next_due.map(|due: Ticks| clock::to_duration(due.saturating_sub(clock::now())));
             let watch = self.watching.load(Ordering::SeqCst).then_some(WATCH);
-            self.supervise.wait(announced, watch.into_iter().chain(until_due).min());
+            if wanted {
+                self.supervise.cancel(announced);
+            } else {
+                self.supervise.wait(announced, watch.into_iter().chain(until_due).min());
+            }
             let now = clock::now();
             let mut sched = self.sched();
             next_due = sched.revive(now);

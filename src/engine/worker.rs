@@ -49,6 +49,7 @@ impl<T: Send + 'static> Shared<T> {
                 }
                 if retries {
                     // It is the supervisor who knows when their time has come.
+                    self.new_retries.store(true, Ordering::SeqCst);
                     self.supervise.notify_one();
                 }
             }

@@ -181,10 +181,10 @@ fn lustre_fences_where_somebody_may_have_been_in() {
     assert!(target.log().contains("Fenced: every I/O fails until bdev_lloop_resume"), "{}", target.log());
     // Somebody is in.
     let stranger = file.client("s");
-    stranger.ok("ofd s w");
+    stranger.ok("record s w");
     target.refused("bdev_lloop_resume", json!({"name": name}), libc::EBUSY, &["image", "fenced", "advisory lock"]);
     stranger.ok("write s 4096 5");
-    stranger.ok("ofd s u");
+    stranger.ok("record s u");
     target.ok("bdev_lloop_resume", json!({"name": name}));
     assert_eq!(info(&target, &name)["state"], "bound");
     assert!(target.log().contains("written to by others"), "{}", target.log());
