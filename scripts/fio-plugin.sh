@@ -51,7 +51,7 @@ build() {
 	mkdir -p "$copy"
 	cp -r "$source/." "$copy"
 	find "$copy" -name '*.o' -delete
-	PATH=/usr/bin:/bin:/usr/sbin:/sbin:$PATH LDFLAGS="-Wl,--whole-archive $library -Wl,--no-whole-archive" \
+	PATH=/usr/bin:/bin:/usr/sbin:/sbin:$PATH LDFLAGS="$(spdk_rpath "$spdk") -Wl,--whole-archive $library -Wl,--no-whole-archive" \
 		make -C "$copy" "SPDK_ROOT_DIR=$spdk" "CONFIG_FIO_SOURCE_DIR=$headers" "FIO_PLUGIN=$plugin"
 	[ -e "$plugin" ]
 }

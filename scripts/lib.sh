@@ -51,6 +51,13 @@ spdk_version() {
 		END { if (major != "") printf "%d.%02d\n", major, minor }' "$header"
 }
 
+# spdk_rpath SPDK [LIBRARIES]: linker options by which a program finds the libraries of a SPDK built --with-shared (in LIBRARIES,
+# default SPDK's own folder), and DPDK's; without effect for a static one. (The old kind of path: it also counts for the
+# libraries that libraries need.)
+spdk_rpath() {
+	printf -- '-Wl,--disable-new-dtags,-rpath,%s:%s/lib\n' "${2:-$1/build/lib}" "$(sed -n 's/^CONFIG_DPDK_DIR?*=//p' "$1/mk/config.mk")"
+}
+
 spdk_is_built() { [ -e "$1/build/lib/libspdk_bdev.a" ] && [ -e "$1/build/lib/libspdk_nvmf.a" ]; }
 
 # Free and total hugepage memory of the default size, in MiB.

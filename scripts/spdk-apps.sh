@@ -26,7 +26,7 @@ build() { # NAME SOURCE
 	cp -r "$spdk/$source/." "$copy"
 	find "$copy" -name '*.o' -delete
 	PATH=/usr/bin:/bin:/usr/sbin:/sbin:$PATH \
-		LDFLAGS="-Wl,--whole-archive $library -Wl,--no-whole-archive -Wl,--wrap=rte_eal_init $out/lcores.o" \
+		LDFLAGS="$(spdk_rpath "$spdk") -Wl,--whole-archive $library -Wl,--no-whole-archive -Wl,--wrap=rte_eal_init $out/lcores.o" \
 		make -C "$copy" "SPDK_ROOT_DIR=$spdk" "APP=$out/$name"
 	[ -x "$out/$name" ]
 }

@@ -16,7 +16,7 @@ copy=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$spdk")/shared
 program=$copy/build/bin/spdk_tgt
 
 build() {
-	local entry part dpdk options
+	local entry part options
 	rm -rf "$copy"
 	mkdir -p "$copy/build/bin"
 	# With their times: make must find the objects up to date.
@@ -24,12 +24,10 @@ build() {
 	for entry in "$spdk"/*; do
 		[ -e "$copy/${entry##*/}" ] || ln -s "$entry" "$copy/${entry##*/}"
 	done
-	dpdk=$(sed -n 's/^CONFIG_DPDK_DIR?*=//p' "$spdk/mk/config.mk")
 	options=("SPDK_ROOT_DIR=$copy" "CONFIG_ENV=$copy/lib/env_dpdk" CONFIG_SHARED=y)
 	export PATH=/usr/bin:/bin:/usr/sbin:/sbin:$PATH
 	for part in lib module shared_lib; do step make -C "$copy/$part" "${options[@]}" -j"$(nproc)" || return 1; done
-	# The old kind of path also counts for the libraries that libraries need.
-	LDFLAGS="-Wl,--disable-new-dtags,-rpath,$copy/build/lib:$dpdk/lib" step make -C "$copy/app/spdk_tgt" "${options[@]}"
+	LDFLAGS=$(spdk_rpath "$spdk" "$copy/build/lib") step make -C "$copy/app/spdk_tgt" "${options[@]}"
 	[ -x "$program" ]
 }
 

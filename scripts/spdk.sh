@@ -84,6 +84,6 @@ build() {
 
 command -v apt-get >/dev/null || die "this machine has no apt-get to fetch SPDK with" "set SPDK_DIR to a built SPDK tree (v20.07 to v26.05)"
 quietly "fetching SPDK v$SPDK_WANTED out of Debian's ceph source package (150 MB)" "$LLOOP_CACHE/spdk-fetch.log" obtain
-quietly "building SPDK v$SPDK_WANTED in $tree (some 2 minutes on 2 cores)" "$LLOOP_CACHE/spdk-build.log" build
+quietly "building SPDK v$SPDK_WANTED in $tree (some 3 minutes on 2 cores)" "$LLOOP_CACHE/spdk-build.log" build
 touch "$stamp"
 printf '%s\n' "$tree" >&3

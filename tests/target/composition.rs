@@ -172,7 +172,7 @@ fn what_is_encrypted_above_lies_encrypted_in_the_file() {
     let methods = target.ok("rpc_get_methods", json!({}));
     if !methods.as_array().unwrap().contains(&json!("bdev_crypto_create")) {
         // Ours has it; somebody's own SPDK need not.
-        assert!(since(&target, 21), "scripts/spdk.sh builds SPDK with crypto");
+        assert!(since(&target, 21) || cfg!(not(target_arch = "x86_64")), "scripts/spdk.sh builds SPDK with crypto");
         println!("SKIPPED: this SPDK was built without its crypto module (configure --with-crypto)");
         return;
     }
