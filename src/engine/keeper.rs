@@ -156,8 +156,12 @@ impl<T: Send + 'static> Shared<T> {
     fn go_on(&self, id: u32) {
         let mut sched = self.sched();
         sched.release(id);
+        // (When the others' retries are due is for the supervisor to know.)
+        let _ = sched.revive(clock::now());
         let ready = sched.has_ready();
         drop(sched);
+        self.new_retries.store(true, Ordering::SeqCst);
+        self.supervise.notify_one();
         if ready {
             self.ready.store(true, Ordering::Relaxed);
             self.wake_one();
