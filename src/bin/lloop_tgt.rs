@@ -277,6 +277,7 @@ fn run(args: Args, account: Option<Account>) -> ExitCode {
         interrupt_mode: args.interrupt_mode,
         log_level: Some(if quiet { Level::Warn } else { args.log_level }),
         log_flags: args.logflag,
+        on_end: Some(lloop::lloop::watch_the_end),
     };
     let sleeps = args.interrupt_mode;
     let started = move || match settle(Path::new(&rpc_socket), account.as_ref()) {

@@ -342,6 +342,19 @@ impl<T: Send + 'static> Pool<T> {
         self.0.resume(volume, target)
     }
 
+    /// The calls that are being made, for people.
+    pub fn stuck_calls(&self) -> Vec<String> {
+        let targets = self.0.sched().targets();
+        let now = clock::now();
+        let calls = self.0.busy.iter().filter_map(|busy| {
+            let (id, target) = targets.iter().find(|(id, _)| busy.submitted_on(*id).is_some())?;
+            let age = clock::to_duration(now.saturating_sub(busy.submitted_on(*id)?));
+            let offset = busy.offset_bytes.load(Ordering::Relaxed);
+            Some(format!("{}: the I/O at byte {offset}, {} s old", target.file().path().display(), age.as_secs()))
+        });
+        calls.collect()
+    }
+
     /// How many workers there are, and how many of them are awake and not in a slow call.
     pub fn worker_counts(&self) -> (u32, u32) {
         (self.0.live.load(Ordering::Relaxed), self.0.active.load(Ordering::Relaxed))

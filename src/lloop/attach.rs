@@ -13,7 +13,10 @@ use crate::error::{Error, Result};
 use crate::os::file::{DirectFile, Identity, OpenOptions};
 use crate::os::task::Blocking;
 use crate::spdk::bdev::{self, BdevHandle, Description};
+use crate::spdk::poller;
+use futures::future::{Either, select};
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -202,7 +205,21 @@ pub async fn detach(name: &str, force: bool) -> Result<()> {
         ));
     }
     device.run_down();
-    handle.unregister().await
+    let limit = Duration::from_secs(options::current().detach_timeout_s.into());
+    let (gone, patience) = (pin!(handle.unregister()), pin!(poller::sleep(limit)));
+    match select(gone, patience).await {
+        Either::Left((result, _)) => result,
+        // Its I/O owns its memory until the calls return: that cannot be cut short, only waited for elsewhere.
+        Either::Right(_) => Err(Error::new(
+            libc::ETIMEDOUT,
+            format!(
+                "{name} ({}) accepts no more I/O, but {} I/O have not come back in {} s; it goes away when they do (bdev_lloop_get_stats tells how old they are)",
+                device.params().filename.display(),
+                device.in_flight(),
+                limit.as_secs()
+            ),
+        )),
+    }
 }
 
 /// The end of a device that the bdev layer has let go of: closes its file and frees its name.

@@ -148,6 +148,11 @@ impl Device {
         lock(&self.target).clone()
     }
 
+    /// I/O in flight on all threads.
+    pub fn in_flight(&self) -> u64 {
+        self.shared.in_flight()
+    }
+
     /// Its number in the pool, until it is closed.
     pub fn volume_id(&self) -> Option<u32> {
         self.shared.volume().map(|volume| volume.id())

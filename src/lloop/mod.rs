@@ -70,6 +70,29 @@ pub fn linked() -> &'static CStr {
     <Lloop as bdev::Module>::NAME
 }
 
+/// Called when the target is told to end. I/O that hangs keeps the bdev layer from ending, and its memory must not be given back:
+/// after a while the process ends as it is.
+pub fn watch_the_end() {
+    let patience = Duration::from_secs(u64::from(options::current().detach_timeout_s) + END_GRACE_S);
+    let watch = move || {
+        std::thread::sleep(patience);
+        let stuck = pool().map(|pool| pool.stuck_calls()).unwrap_or_default();
+        for call in &stuck {
+            tracing::error!("ending without it: {call}");
+        }
+        let count = stuck.len();
+        tracing::error!("not ended after {} s, {count} calls have not returned; ending as it is", patience.as_secs());
+        crate::os::thread::exit_at_once(1);
+    };
+    // (It ends with the process, at the latest.)
+    if let Err(error) = std::thread::Builder::new().name("lloop-end".into()).spawn(watch) {
+        tracing::error!("the end is not watched: {error}");
+    }
+}
+
+/// How much longer the end of a target may take than that of a device.
+const END_GRACE_S: u64 = 5;
+
 impl bdev::Module for Lloop {
     const NAME: &'static CStr = c"lloop";
 

@@ -62,6 +62,12 @@ fn parse_cpu_list(text: &str) -> Vec<u32> {
         .collect()
 }
 
+/// Ends the process now: no destructor runs, nobody is waited for.
+pub fn exit_at_once(code: i32) -> ! {
+    // SAFETY: the call has no preconditions, and does not return.
+    unsafe { libc::_exit(code) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,6 +6,7 @@ use spdk_sys as sys;
 use spdk_sys::compat;
 use std::ffi::{CString, c_char, c_void};
 use std::path::PathBuf;
+use std::sync::OnceLock;
 
 /// What `lloop_tgt`'s command line says; SPDK's default where there is nothing.
 #[derive(Debug, Clone, Default)]
@@ -66,6 +67,8 @@ pub struct AppOptions {
     pub log_level: Option<Level>,
     /// Debug logs of single components.
     pub log_flags: Vec<String>,
+    /// Called, on the application's thread, when it is told to end, before it does.
+    pub on_end: Option<fn()>,
 }
 
 /// Strings that SPDK keeps pointers to while it runs.
@@ -181,6 +184,10 @@ pub fn run(options: &AppOptions, started: impl FnOnce() + 'static) -> Result<i32
         compat::app_opts_set_pci_list(&mut opts, &mut pci, !options.pci_allowed.is_empty());
     }
 
+    if let Some(on_end) = options.on_end {
+        ON_END.set(on_end).map_err(|_| Error::new(libc::EINVAL, "SPDK runs once in a process"))?;
+        opts.shutdown_cb = Some(end);
+    }
     let mut started: Option<Box<dyn FnOnce()>> = Some(Box::new(started));
     extern "C" fn start(context: *mut c_void) {
         // SAFETY: points to `started` above, which outlives spdk_app_start.
@@ -195,6 +202,16 @@ pub fn run(options: &AppOptions, started: impl FnOnce() + 'static) -> Result<i32
     // SAFETY: after spdk_app_start, as SPDK wants it.
     unsafe { sys::spdk_app_fini() };
     Ok(if rc == 0 { 0 } else { 1 })
+}
+
+static ON_END: OnceLock<fn()> = OnceLock::new();
+
+/// SPDK calls this on its application thread after SIGINT and SIGTERM, in the place of stopping by itself.
+extern "C" fn end() {
+    if let Some(on_end) = ON_END.get() {
+        super::guard("ending", on_end);
+    }
+    stop(0);
 }
 
 fn pci_addresses(options: &AppOptions, strings: &mut Strings) -> Result<Vec<sys::spdk_pci_addr>> {

@@ -1,10 +1,12 @@
 //! Functions that a reactor calls again and again.
 
+use futures::channel::oneshot;
 use spdk_sys as sys;
 use spdk_sys::compat::{self, Interrupt};
 use std::ffi::{CStr, c_int, c_void};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
+use std::time::Duration;
 
 /// Whether this target's reactors may sleep until an event descriptor wakes them, instead of polling (`--interrupt-mode`).
 pub fn reactors_may_sleep() -> bool {
@@ -21,6 +23,19 @@ pub fn put_iscsi_to_sleep() {
     extern "C" fn done(_: *mut c_void) {}
     // SAFETY: on an SPDK thread; no context is used.
     unsafe { sys::spdk_for_each_thread(Some(one), std::ptr::null_mut(), Some(done)) };
+}
+
+/// Is done after `duration`, on the current SPDK thread.
+///
+/// # Errors
+/// ENOMEM.
+pub async fn sleep(duration: Duration) -> Result<(), i32> {
+    let (sender, receiver) = oneshot::channel::<()>();
+    let mut sender = Some(sender);
+    let fire = move || sender.take().is_some_and(|sender| sender.send(()).is_ok());
+    // (It is dropped outside of its own call: when this future goes on, which is later, or is dropped.)
+    let _poller = Poller::register(c"lloop_sleep", duration.as_micros() as u64, fire)?;
+    receiver.await.map_err(|_| libc::ENOMEM)
 }
 
 /// A registered poller. Dropping it, on the thread that registered it and not from within itself, ends it.

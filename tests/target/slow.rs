@@ -146,3 +146,32 @@ fn a_target_with_a_hanging_file_can_be_told_to_detach_and_to_end() {
     assert!(target.wait(std::time::Duration::from_secs(30)).success(), "{}", target.log());
     assert!(std::fs::read(&slow.backing).unwrap()[..4096].iter().all(|&b| b == 1));
 }
+
+#[test]
+fn a_hang_that_lasts_keeps_neither_a_detach_nor_the_end_for_ever() {
+    let folder = crate::common::folder();
+    let slow = SlowFile::new(folder.path(), 4 * MIB);
+    let mut target = Target::start();
+    target.ok("bdev_lloop_set_options", json!({"detach_timeout_s": 1}));
+    let name = target.attach(&slow.path, json!({}));
+    let mut nvme = target.connect(&name);
+    slow.set_faults("hang");
+    let _flight = nvme.start_write(16, &[1; 4096]).unwrap();
+    while stats(&target, &name)["calls_running"] == 0 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let words = ["image", "have not come back", "goes away when they do"];
+    target.refused("bdev_lloop_delete", json!({"name": name, "force": true}), libc::ETIMEDOUT, &words);
+    target.refused("bdev_lloop_delete", json!({"name": name, "force": true}), libc::EBUSY, &["being detached already"]);
+    assert_eq!(stats(&target, &name)["state"], "rundown");
+    target.signal("TERM");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !target.log().contains("ending as it is") {
+        assert!(std::time::Instant::now() < deadline, "{}", target.log());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert!(target.log().contains("image: the I/O at byte 65536"), "{}", target.log());
+    // (The kernel keeps the rest of a process in a call that cannot be interrupted until that returns.)
+    slow.set_faults("");
+    assert_eq!(target.wait(std::time::Duration::from_secs(30)).code(), Some(1));
+}
