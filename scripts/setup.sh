@@ -3,7 +3,8 @@
 # Safe to run again: what is there already is left alone. Needs root for packages and hugepages only.
 #
 # usage: setup.sh [--tests] [--hugepages MIB] [--no-build] [--undo-hugepages]
-#   --tests            also what scripts/test.sh needs: SPDK's bdevio, bdevperf and spdk_dd with lloop inside
+#   --tests            also what scripts/test.sh needs: SPDK's bdevio, bdevperf and spdk_dd with lloop inside, and a
+#                      small virtual machine
 #   --hugepages MIB    free hugepage memory to have at least (default 1024; 2048 with --tests)
 #   --no-build         stop before cargo build
 #   --undo-hugepages   put the number of hugepages back to what it was before the first run, and exit
@@ -51,6 +52,8 @@ packages=(
 	libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
 )
 [ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv)
+# The virtual machine of the tests, and what runs it.
+[ -z "$tests" ] || packages+=(qemu-system-x86 busybox-static nvme-cli fio cpio kmod fdisk)
 
 install_packages() {
 	local missing=() package
@@ -118,6 +121,7 @@ if [ -n "$build" ]; then
 fi
 if [ -n "$tests" ]; then
 	"$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
+	"$LLOOP_ROOT/scripts/guest.sh" >/dev/null
 	# SPDK's client as PyPI has it: the plugin is tested with it, too.
 	venv=$LLOOP_CACHE/pypi-venv
 	if ! "$venv/bin/python" -c 'import spdk.rpc' 2>/dev/null; then
