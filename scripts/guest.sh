@@ -11,7 +11,7 @@ exec 3>&1 1>&2 # progress goes to stderr; only the answer goes to stdout
 [ "$(uname -m)" = x86_64 ] || die "the virtual machine of the tests is an x86_64 one, this machine is $(uname -m)"
 META=linux-image-cloud-amd64
 MODULES=(virtio_pci virtio_blk virtio_scsi sd_mod virtio_net virtio_console nvme-tcp)
-PROGRAMS=(/sbin/mke2fs /sbin/e2fsck /usr/sbin/nvme /usr/bin/fio /sbin/fstrim /sbin/blkdiscard /sbin/blockdev /bin/lsblk)
+PROGRAMS=(/bin/dash /sbin/mke2fs /sbin/e2fsck /usr/sbin/nvme /usr/bin/fio /sbin/fstrim /sbin/blkdiscard /sbin/blockdev /bin/lsblk)
 
 kernel_package() { apt-cache depends --important "$META" 2>/dev/null | awk '$1 == "Depends:" { print $2; exit }'; }
 package=$(kernel_package)
@@ -103,6 +103,8 @@ root() {
 		[ -e "$root$program" ] || ln -s "$(readlink -f "$program")" "$root$program"
 	done
 	ln -s mke2fs "$root/sbin/mkfs.ext4"
+	# (Busybox's own shell takes its own programs for those of the same name.)
+	ln -sf dash "$root/bin/sh"
 	cat >"$root/sbin/init" <<-'END'
 		#!/bin/sh
 		# A shell on the virtio port named "shell": what the host writes is run, what it prints goes back.

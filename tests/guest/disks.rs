@@ -14,6 +14,9 @@ const MIB: u64 = 1 << 20;
 /// What the guest writes and the host looks for: a line again and again.
 const LINE: &[u8] = b"written by a virtual machine\n";
 
+/// SPDK's vhost-blk offers write zeroes but refuses those that may unmap, which is how Linux asks; it writes zeroes itself then.
+const WRITE_ZEROES: Option<&str> = Some("op 0x9:(WRITE_ZEROES)");
+
 fn lines(len: usize) -> Vec<u8> {
     LINE.iter().copied().cycle().take(len).collect()
 }
@@ -169,14 +172,13 @@ fn a_machine_with_two_disks() {
         assert!(lloop(&target, &["detach", name]).1.contains("in use"));
     }
 
-    // Growth is seen.
+    // Growth is seen: at once by the virtio disk, after a look by the SCSI disk, which SPDK v20.07 sends no word.
     for (name, disk) in [("lloop0", virtio.as_str()), ("lloop1", "sda")] {
         lloop_ok(&target, &["resize", name, "160M"]);
-        let (_, seen) = guest.run(&format!(
-            "for turn in $(seq 50); do [ $(blockdev --getsize64 /dev/{disk}) = {} ] && break; sleep 0.1; done; blockdev --getsize64 /dev/{disk}",
-            160 * MIB
-        ));
-        eprintln!("resize {disk} {seen}");
+        if disk == "sda" {
+            guest.ok("echo 1 >/sys/block/sda/device/rescan");
+        }
+        guest.wait_for(&format!("blockdev --getsize64 /dev/{disk}"), &(160 * MIB).to_string());
     }
 
     // A reboot without a word, in the middle of its life.
@@ -190,7 +192,7 @@ fn a_machine_with_two_disks() {
         assert_eq!(guest.ok(&format!("blockdev --getsize64 /dev/{disk}")), (160 * MIB).to_string());
     }
     guest.ok("e2fsck -f -n /dev/sda");
-    guest.has_clean_log();
+    guest.has_clean_log(WRITE_ZEROES);
     guest.stop();
     for name in ["lloop0", "lloop1"] {
         lloop_ok(&target, &["unexport", name]);
@@ -254,7 +256,7 @@ fn two_machines_that_boot_from_their_disks_and_see_the_target_restart() {
         let fio = guest.ok("cat /tmp/fio");
         assert!(fio.contains("err= 0"), "{fio}");
         guest.ok("sync; mount -o remount,ro /");
-        guest.has_clean_log();
+        guest.has_clean_log(WRITE_ZEROES);
     }
     guests.into_iter().for_each(Guest::stop);
     for (name, disk) in names.iter().zip(&disks) {

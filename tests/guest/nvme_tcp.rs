@@ -101,7 +101,7 @@ fn the_kernels_initiator_does_everything() {
     lloop_ok(&target, &["resize", "lloop0", "192M"]);
     guest.wait_for("blockdev --getsize64 /dev/nvme0n1", &(192 * MIB).to_string());
 
-    guest.has_clean_log();
+    guest.has_clean_log(None);
     let text = guest.ok(&format!("nvme disconnect -n {nqn}"));
     assert!(text.contains("disconnected 1 controller"), "{text}");
     guest.stop();
