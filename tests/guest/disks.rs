@@ -229,8 +229,8 @@ fn two_machines_that_boot_from_their_disks_and_see_the_target_restart() {
         guest.ok("mount -o remount,rw /");
     }
     // Both at once, while the target goes away and comes back.
-    let script = "fio --name=v --filename=/fio --size=8M --loops=4 --rw=randwrite --bsrange=512-16k --blockalign=512 --direct=1 --ioengine=libaio \
-                  --iodepth=8 --verify=crc32c --verify_fatal=1 --end_fsync=1 --time_based --runtime=12 >/tmp/fio 2>&1; echo $? >/tmp/done";
+    let script = "fio --name=v --filename=/fio --size=32M --rw=randwrite --bsrange=512-16k --blockalign=512 --direct=1 --ioengine=libaio \
+                  --iodepth=8 --rate_iops=400 --verify=crc32c --verify_fatal=1 --end_fsync=1 >/tmp/fio 2>&1; echo $? >/tmp/done";
     for guest in &mut guests {
         guest.ok(&format!("({script}) &"));
     }
@@ -250,6 +250,9 @@ fn two_machines_that_boot_from_their_disks_and_see_the_target_restart() {
     }
     target.stop();
     drop(target);
+    for guest in &mut guests {
+        assert_ne!(guest.run("[ -e /tmp/done ]").0, 0, "it is in the middle of its writing");
+    }
     let target = serve();
     for guest in &mut guests {
         guest.wait_for("cat /tmp/done", "0");

@@ -177,7 +177,7 @@ impl Guest {
 
     /// Runs a script until it prints `wanted`.
     pub fn wait_for(&mut self, script: &str, wanted: &str) {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + LIMIT;
         loop {
             let (_, output) = self.run(script);
             if output.trim() == wanted {
