@@ -118,7 +118,7 @@ root() {
 	END
 	chmod +x "$root/sbin/init"
 	step mke2fs -q -t ext4 -O ^has_journal -m 0 -L lloop-root -d "$root" "$work/result/root.img" \
-		"$(($(du -sm "$root" | cut -f1) + 16))M"
+		"$(($(du -sm "$root" | cut -f1) + 64))M"
 }
 
 build() { fetch && step initrd && step root; }
