@@ -6,6 +6,7 @@ mod common;
 mod bad_input;
 mod cli;
 mod durability;
+mod initiator;
 mod io;
 mod life;
 mod scripts;
