@@ -3,7 +3,8 @@
 # Safe to run again: what is there already is left alone. Needs root for packages and hugepages only.
 #
 # usage: setup.sh [--tests] [--fio] [--hugepages MIB] [--no-build] [--undo-hugepages]
-#   --tests            also what scripts/test.sh needs: SPDK's own programs with lloop inside, and all of --fio
+#   --tests            also what scripts/test.sh needs: SPDK's own programs with lloop inside, a small virtual machine,
+#                      and all of --fio
 #   --fio              also Debian's fio and, for it, SPDK's plugin with lloop inside (docs/fio.md)
 #   --hugepages MIB    free hugepage memory to have at least (default 1024; 2048 with --tests)
 #   --no-build         stop before cargo build
@@ -54,6 +55,8 @@ packages=(
 )
 [ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv libiscsi-bin fdisk groff-base systemd squashfs-tools curl)
 [ -z "$fio" ] || packages+=(fio)
+# The virtual machine of the tests, and what runs it.
+[ -z "$tests" ] || packages+=(qemu-system-x86 busybox-static nvme-cli cpio kmod)
 
 install_packages() {
 	local missing=() package
@@ -134,6 +137,7 @@ if [ -n "$tests" ]; then
 		mv "$shim.new" "$shim"
 	fi
 	"$LLOOP_ROOT/scripts/spdk-shared.sh" "$SPDK_DIR" >/dev/null
+	"$LLOOP_ROOT/scripts/guest.sh" >/dev/null
 	# SPDK's client as PyPI has it: the plugin is tested with it, too.
 	venv=$LLOOP_CACHE/pypi-venv
 	if ! "$venv/bin/python" -c 'import spdk.rpc' 2>/dev/null; then

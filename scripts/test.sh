@@ -11,6 +11,8 @@ export SPDK_DIR
 export LLOOP_SPDK_APPS=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$SPDK_DIR")
 export LLOOP_LUSTRE_SHIM=$CARGO_TARGET_DIR/lustre.so
 export LLOOP_PYPI_VENV=$LLOOP_CACHE/pypi-venv
+LLOOP_GUEST=$(scripts/guest.sh)
+export LLOOP_GUEST
 
 if [ $# -eq 0 ]; then
 	quietly "checking the format" "$CARGO_TARGET_DIR/fmt.log" cargo fmt --all --check

@@ -87,6 +87,69 @@ fn a_day_with_the_command_line() {
     assert!(target.names().is_empty());
 }
 
+/// What a target has of exports, all of them.
+fn all_exports(target: &Target) -> Vec<Value> {
+    ["vhost_get_controllers", "iscsi_get_target_nodes", "iscsi_get_portal_groups", "iscsi_get_initiator_groups"]
+        .map(|method| target.ok(method, json!({})))
+        .to_vec()
+}
+
+#[test]
+fn exports_of_the_other_kinds() {
+    let target = Target::start();
+    for name in ["a", "b"] {
+        let file = target.image(name, 8 * MIB);
+        ok(&target, &["attach", file.to_str().unwrap(), "--allow-any-fs", "--name", name]);
+    }
+    let nothing = all_exports(&target);
+    let sockets = tempfile::Builder::new().prefix("lloop").tempdir().unwrap();
+    let path = |name: &str| sockets.path().join(name).to_str().unwrap().to_owned();
+    let (blk, scsi, listen) = (path("made/blk"), path("scsi"), format!("127.0.0.1:{}", free_port()));
+    let exports: [(&str, Vec<&str>); 3] = [
+        ("vhost-blk", vec!["--socket", &blk]),
+        ("vhost-scsi", vec!["--socket", &scsi]),
+        ("iscsi", vec!["--listen", &listen]),
+    ];
+    for (kind, options) in &exports {
+        let export = [&["export", kind, "a"], options.as_slice()].concat();
+        assert!(ok(&target, &export).contains("is exported"), "{kind}");
+        let before = all_exports(&target);
+        assert!(ok(&target, &export).contains("already"), "{kind}: the same again succeeds");
+        assert_eq!(all_exports(&target), before, "{kind}: and changes nothing");
+        let list: Value = serde_json::from_str(&ok(&target, &["list", "--json"])).unwrap();
+        assert_eq!((&list[0]["exports"][0]["type"], &list[0]["exports"][0]["connected"]), (&json!(kind), &json!([])));
+        // Two that write to one device would destroy each other's data; a place that is taken stays who it was.
+        for (other, options) in exports.iter().filter(|(other, _)| other != kind) {
+            refused(
+                &target,
+                &[&["export", other, "a"], options.as_slice()].concat(),
+                &["a is exported as", "unexport a"],
+            );
+        }
+        if *kind == "vhost-blk" {
+            refused(&target, &["export", "vhost-blk", "b", "--socket", &blk], &[&blk, "serves a"]);
+        }
+        refused(&target, &["detach", "a"], &["in use", "unexport a"]);
+        refused(&target, &["unexport", kind, "b"], &["b is not exported"]);
+        ok(&target, &["unexport", kind, "a"]);
+        assert_eq!(all_exports(&target), nothing, "{kind}: nothing stays behind");
+    }
+    // What fails leaves nothing.
+    let file = path("file");
+    std::fs::write(&file, "x").unwrap();
+    refused(&target, &["export", "vhost-blk", "a", "--socket", &file], &["no socket"]);
+    refused(&target, &["export", "vhost-scsi", "a", "--socket", "/nowhere/at/all"], &["cannot make the folder"]);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    refused(
+        &target,
+        &["export", "iscsi", "a", "--listen", &taken.local_addr().unwrap().to_string()],
+        &["cannot listen"],
+    );
+    let (status, _, err) = lloop(Some(&target), &["export", "iscsi", "a", "--listen", "0.0.0.0:3260"]);
+    assert!(status == 2 && err.contains("--allow-initiator"), "{err}");
+    assert_eq!(all_exports(&target), nothing);
+}
+
 #[test]
 fn usage_errors_and_a_missing_target() {
     for args in [

@@ -50,11 +50,17 @@ impl Disk {
         }
     }
 
-    fn qemu_device(&self) -> &'static str {
-        match self {
-            Disk::Block { .. } => "vhost-user-blk-pci",
-            Disk::Scsi => "vhost-user-scsi-pci",
-        }
+    /// QEMU's arguments. Before 8.2 it can connect its SCSI disks only at the start, and refuses them with `reconnect`.
+    fn qemu_arguments(&self, socket: &Path) -> String {
+        let (device, reconnect) = match self {
+            Disk::Block { .. } => ("vhost-user-blk-pci", ",reconnect=1"),
+            Disk::Scsi => ("vhost-user-scsi-pci", ""),
+        };
+        format!(
+            "-chardev socket,id=lloop,path={}{reconnect} -device {device},chardev=lloop \
+             -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem",
+            socket.display()
+        )
     }
 }
 
@@ -87,11 +93,7 @@ fn export(client: &mut Client, device: &Device, socket: &Path, disk: &Disk) -> R
     };
     let read_only = controller.block().is_some_and(|block| block.read_only) || device.is_read_only();
     let target = controller.targets_of(&device.name).next().map(|target| target.number);
-    let qemu = format!(
-        "-chardev socket,id=lloop,path={shown},reconnect=1 -device {},chardev=lloop \
-         -object memory-backend-memfd,id=mem,size=SIZE,share=on -numa node,memdev=mem",
-        disk.qemu_device()
-    );
+    let qemu = disk.qemu_arguments(socket);
     let done = if steps.is_empty() { "is exported already" } else { "is exported" };
     let how = match (target, read_only) {
         (Some(number), _) => format!("SCSI target {number} of {shown}"),
