@@ -74,9 +74,12 @@ def spdk_rpc_plugin_initialize(subparsers):
     m.flag('--allow-any-fs', help='accept other filesystems than Lustre')
     m.option('-u', '--uuid', help="the device's UUID (default: derived from the file)")
     m.option('--lock', choices=['group', 'advisory', 'off'], help='how the file is kept from others')
-    m.option('--group-id', type=int, metavar='N', help='the group that shares a group lock')
-    m.flag('--discard', help='offer UNMAP and WRITE ZEROES where they work (default)')
+    m.option('--group-id', type=int, metavar='N',
+             help='share the file with those that give the same number (default: a group of its own)')
+    m.flag('--discard', help='offer UNMAP and WRITE ZEROES where they work (default, but not under a group lock)')
     m.flag('--no-discard', value=False, dest='discard', help='offer neither')
+    m.option('--stripe-split', choices=['auto', 'on', 'off'],
+             help='split I/O at stripes (default: auto, where the Lustre client needs that)')
 
     m = Method(subparsers, 'bdev_lloop_delete', 'Detach a device from its file')
     m.operand('-b', '--name', help='name of the device')
@@ -94,11 +97,16 @@ def spdk_rpc_plugin_initialize(subparsers):
     m.option('--workers', type=int, metavar='N', help='the most worker threads, 1 to 1024')
     m.option('--lane-limit', type=int, metavar='N', help='the most calls at a time on one lane, 1 to 1024')
     m.option('--max-merge-bytes', type=size, metavar='BYTES',
-             help='the longest call that neighbouring requests are merged into, 4K to 64M')
+             help='the longest call that neighbouring requests are merged into, 4K to 64M; 0: 1M, and 4M on Lustre')
     m.option('--reset-timeout-s', type=int, metavar='SECONDS',
              help='how long a reset waits for what is in flight, 1 to 3600')
     m.option('--detach-timeout-s', type=int, metavar='SECONDS',
              help='how long a detach waits for a call that does not return, 1 to 3600')
+    m.option('--retry-timeout', type=int, metavar='SECONDS',
+             help='how long I/O on Lustre is tried again that fails for a passing reason, 0 (not at all) to 3600')
+    m.option('--lock-timeout', type=int, metavar='SECONDS', help='how long a lock is waited for, 1 to 3600')
+    m.option('--lock-check', type=int, metavar='SECONDS', help='how often locks and files are looked at, 1 to 3600')
+    m.option('--stall-warn', type=int, metavar='SECONDS', help='a call that takes longer is reported, 1 to 3600')
 
     Method(subparsers, 'bdev_lloop_get_options', "Show the module's options")
 

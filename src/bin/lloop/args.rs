@@ -217,12 +217,18 @@ pub struct Attach {
     /// How the file is kept from others: a Lustre group lock, an advisory lock, or not at all
     #[arg(long, value_parser = ["group", "advisory", "off"])]
     pub lock: Option<String>,
-    /// The group that shares a group lock
+    /// Share the file with those that give the same number (a group lock of one's own otherwise)
     #[arg(long, value_name = "N")]
     pub group_id: Option<u32>,
+    /// Offer UNMAP under a group lock, too: it is let go of for each batch
+    #[arg(long, conflicts_with = "no_discard")]
+    pub discard: bool,
     /// Offer no UNMAP and WRITE ZEROES
     #[arg(long)]
     pub no_discard: bool,
+    /// Split I/O at stripes [default: auto, where the Lustre client needs that]
+    #[arg(long, value_parser = ["auto", "on", "off"])]
+    pub stripe_split: Option<String>,
 }
 
 /// `lloop create`

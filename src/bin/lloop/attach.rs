@@ -42,7 +42,8 @@ fn params(command: &Attach) -> Result<Value> {
     add("uuid", command.uuid.map(|uuid| uuid.to_string().into()));
     add("lock", command.lock.clone().map(Value::from));
     add("group_id", command.group_id.map(Value::from));
-    add("discard", command.no_discard.then_some(Value::Bool(false)));
+    add("discard", (command.discard || command.no_discard).then_some(Value::Bool(command.discard)));
+    add("stripe_split", command.stripe_split.clone().map(Value::from));
     Ok(params.into())
 }
 
@@ -121,11 +122,12 @@ mod tests {
     fn only_what_was_said_is_sent() {
         assert_eq!(sent("lloop attach /x/a.img"), json!({"filename": "/x/a.img"}));
         let line = "lloop attach /a --name n --block-size 512 --read-only --offset 1M --size-limit 0x1000 --engine uring --allow-any-fs \
-                    --uuid 6C6C6F6F-7000-5000-8000-6C7573747265 --lock group --group-id 7 --no-discard";
+                    --uuid 6C6C6F6F-7000-5000-8000-6C7573747265 --lock group --group-id 7 --no-discard --stripe-split on";
         let line = line.split_whitespace().collect::<Vec<_>>().join(" ");
         let all = json!({"filename": "/a", "name": "n", "block_size": 512, "read_only": true, "offset": 1 << 20, "size_limit": 4096,
             "engine": "uring", "allow_any_fs": true, "uuid": "6c6c6f6f-7000-5000-8000-6c7573747265", "lock": "group", "group_id": 7,
-            "discard": false});
+            "discard": false, "stripe_split": "on"});
+        assert_eq!(sent("lloop attach /a --discard"), json!({"filename": "/a", "discard": true}));
         assert_eq!(sent(&line), all);
     }
 
