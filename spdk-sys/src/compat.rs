@@ -220,6 +220,8 @@ pub const HAS_VHOST: bool = cfg!(spdk_vhost);
 ///
 /// # Safety
 /// `dir` is a C string, and no other thread uses SPDK.
+// Inlined where it is called: SPDK's programs without vhost link this library, too.
+#[inline]
 pub unsafe fn vhost_set_socket_dir(dir: *const c_char) -> bool {
     #[cfg(spdk_vhost)]
     // SAFETY: as the caller promises; the string is copied.

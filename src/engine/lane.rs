@@ -123,31 +123,37 @@ impl<T> Lane<T> {
         max_merge_bytes: u64,
     ) -> Option<(List<Request<T>>, Option<Range>)> {
         let head = self.queue.front()?;
+        let align = target.file().offset_align_bytes() as u64;
+        let is_free = |wanted: &Range| !ranges.iter().any(|r| overlap_matters(r, wanted));
         let mut range = None;
         if target.sub_page() {
-            let wanted = page_range(head, target.file().offset_align_bytes() as u64);
-            if ranges.iter().any(|r| overlap_matters(r, &wanted)) {
+            let wanted = page_range(head, align);
+            if !is_free(&wanted) {
                 return None;
             }
-            ranges.push(wanted);
             range = Some(wanted);
         }
         let mut requests = List::default();
         let head = self.queue.pop_front()?;
         let (op, mut end, mut len, mut segments) = (head.op, head.end_bytes(), head.len_bytes, head.iovs.count());
         // A neighbour is merged when one vectored call can take it as it is.
-        let mut mergeable = range.is_none() && matches!(op, Op::Read | Op::Write) && fits_as_it_is(target, &head);
+        let mut mergeable = matches!(op, Op::Read | Op::Write) && fits_as_it_is(target, &head);
         requests.push_back(head);
         while mergeable && let Some(next) = self.queue.front() {
             mergeable = next.op == op
                 && next.offset_bytes == end
                 && len + next.len_bytes <= max_merge_bytes
                 && segments + next.iovs.count() <= IOV_MAX
-                && fits_as_it_is(target, next);
+                && fits_as_it_is(target, next)
+                && (range.is_none() || is_free(&page_range(next, align)));
             if mergeable && let Some(next) = self.queue.pop_front() {
                 (end, len, segments) = (next.end_bytes(), len + next.len_bytes, segments + next.iovs.count());
                 requests.push_back(next);
             }
+        }
+        if let Some(range) = &mut range {
+            range.1 = range.1.max(end.next_multiple_of(align));
+            ranges.push(*range);
         }
         Some((requests, range))
     }
@@ -160,8 +166,11 @@ impl<T> Lane<T> {
     }
 }
 
+/// Whether direct I/O takes it: whole pages, in memory that is aligned.
 fn fits_as_it_is<T>(target: &Target, request: &Request<T>) -> bool {
-    request.iovs.is_aligned(target.file().memory_align_bytes(), target.file().offset_align_bytes())
+    let align = target.file().offset_align_bytes();
+    let whole = !target.sub_page() || (request.offset_bytes | request.len_bytes).is_multiple_of(align as u64);
+    whole && request.iovs.is_aligned(target.file().memory_align_bytes(), align)
 }
 
 /// The pages a request touches, and whether it modifies parts of them.
