@@ -24,6 +24,8 @@ pub struct GuardOptions {
     pub group: Option<NonZeroU32>,
     /// Unmaps are gathered, and done while the group lock is let go of.
     pub discards: bool,
+    /// The advisory lock reaches the other processes of this node only (`localflock`).
+    pub this_node_only: bool,
     /// How long a lock is waited for.
     pub timeout: Duration,
 }
@@ -107,7 +109,7 @@ impl Guard {
             ));
         }
         // Only a metadata server can lose a lock.
-        let watched = advisory == Some(Outcome::Held) && file.identity().fid.is_some();
+        let watched = advisory == Some(Outcome::Held) && file.identity().fid.is_some() && !options.this_node_only;
         let watch =
             watched.then(|| file.duplicate()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
         Ok(Guard { options, advisory, watch, ..Guard::none() })
@@ -153,6 +155,11 @@ impl Guard {
     /// Whether unmaps are gathered and done in batches.
     pub fn gathers_discards(&self) -> bool {
         self.options.group.is_some() && self.options.discards
+    }
+
+    /// Whether the advisory lock would keep everybody out while the group lock is not there.
+    pub fn advisory_covers(&self) -> bool {
+        self.advisory == Some(Outcome::Held) && !self.options.this_node_only
     }
 
     /// Whether a server may lose a lock of this guard without anybody noticing.
@@ -216,13 +223,13 @@ impl Guard {
     /// Why the volume has to be fenced, for people.
     pub(super) fn regain_group(&self, file: &DirectFile) -> Result<(), String> {
         self.set_standing(Standing::Recovering);
-        match self.advisory {
-            Some(Outcome::Held) => match self.advisory_is_held(file) {
-                Ok(true) => {}
-                Ok(false) => return Err("the advisory lock is lost as well".into()),
-                Err(errno) => return Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
-            },
-            _ => return Err("there is no advisory lock that would have kept others out meanwhile".into()),
+        if !self.advisory_covers() {
+            return Err("there is no advisory lock that would have kept others out meanwhile".into());
+        }
+        match self.advisory_is_held(file) {
+            Ok(true) => {}
+            Ok(false) => return Err("the advisory lock is lost as well".into()),
+            Err(errno) => return Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
         }
         self.relock_group(file, true)
     }

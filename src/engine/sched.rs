@@ -10,7 +10,7 @@ use super::request::{Op, Request};
 use super::target::Target;
 use crate::os::clock::Ticks;
 use crate::os::queue::{List, Placed};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 /// The place of a volume's flushes among its lanes.
@@ -84,6 +84,8 @@ struct Volume<T> {
 /// All volumes.
 pub struct Sched<T> {
     volumes: Vec<Option<Volume<T>>>,
+    /// Numbers of volumes that are gone, while somebody may still mean them.
+    retired: HashSet<u32>,
     ring: VecDeque<(u32, u16)>,
     /// Lanes that have work and took too many workers already.
     crowded: VecDeque<(u32, u16)>,
@@ -103,6 +105,7 @@ impl<T> Sched<T> {
     pub fn new(workers: usize, lane_limit: usize, max_merge_bytes: u64, slow_ticks: Ticks) -> Self {
         Sched {
             volumes: Vec::new(),
+            retired: HashSet::new(),
             ring: VecDeque::new(),
             crowded: VecDeque::new(),
             refused: List::default(),
@@ -143,7 +146,8 @@ impl<T> Sched<T> {
             trouble: Trouble::default(),
             closing: false,
         };
-        let id = self.volumes.iter().position(Option::is_none).unwrap_or_else(|| {
+        let is_free = |id: &usize| self.volumes[*id].is_none() && !self.retired.contains(&(*id as u32));
+        let id = (0..self.volumes.len()).find(is_free).unwrap_or_else(|| {
             self.volumes.push(None);
             self.volumes.len() - 1
         });
@@ -187,10 +191,16 @@ impl<T> Sched<T> {
         let slot = &mut self.volumes[id as usize];
         if slot.as_ref().is_some_and(|volume| volume.closing && volume.is_idle()) {
             *slot = None;
+            self.retired.insert(id);
             self.ring.retain(|&(other, _)| other != id);
             self.crowded.retain(|&(other, _)| other != id);
         }
         slot.is_none()
+    }
+
+    /// Nobody means this volume any more: its number may be given to another.
+    pub fn forget(&mut self, id: u32) {
+        self.retired.remove(&id);
     }
 
     /// Takes in what was submitted.

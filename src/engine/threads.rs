@@ -320,6 +320,7 @@ impl<T: Send + 'static> Pool<T> {
             target = shared;
             std::thread::sleep(Duration::from_micros(100));
         }
+        self.0.sched().forget(id);
         Ok(())
     }
 

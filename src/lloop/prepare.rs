@@ -43,22 +43,29 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
     let align_bytes = (file.offset_align_bytes(), file.memory_align_bytes());
     let num_blocks = capacity_blocks(params, size_bytes, align_bytes.0 as u64)?;
 
-    let options = guard_options(params, file.identity().fid.is_some(), lock_timeout)?;
+    let mount = Mount::of_device(file.identity().dev);
+    let this_node_only = mount.as_ref().is_some_and(|mount| mount.has("localflock"));
+    let options =
+        GuardOptions { this_node_only, ..guard_options(params, file.identity().fid.is_some(), lock_timeout)? };
     let guard = Guard::take_advisory(&file, options)?;
     file.drop_cache().map_err(failed("writing back the cached pages of"))?;
     guard.take_group(&file)?;
     // Under a group lock fallocate would wait for that lock for ever, so a probe needs to let go of it; and it is worth that only to
     // somebody who has asked for discards.
     let mut can_punch = false;
-    if params.discard.unwrap_or(!guard.holds_group()) {
+    let wanted = params.discard.unwrap_or(!guard.holds_group());
+    if wanted && guard.holds_group() && !guard.advisory_covers() {
+        tracing::warn!(
+            "{shown}: no discards: nothing would keep others out while the group lock is let go of for them"
+        );
+    } else if wanted {
         let probed = guard.without_group(&file, || can_punch = file.can_punch());
         probed.map_err(|why| Error::new(libc::EBUSY, format!("{shown}: {why}")))?;
     }
     let engine = choose_engine(params, &file);
-    let mount = Mount::of_device(file.identity().dev);
     let facts = Facts {
         identity: *file.identity(),
-        protection: protection(&guard, mount.as_ref()),
+        protection: protection(&guard),
         can_punch,
         align_bytes,
         engine,
@@ -103,6 +110,7 @@ fn guard_options(params: &CreateParams, on_lustre: bool, timeout: Duration) -> R
         advisory: (params.lock != Some(LockChoice::Off)).then_some(sharing),
         group: group.then(|| params.group_id.unwrap_or_else(random_group)),
         discards: params.discard == Some(true),
+        this_node_only: false,
         timeout,
     })
 }
@@ -114,13 +122,13 @@ fn random_group() -> NonZeroU32 {
 }
 
 /// What keeps others from the file, for people.
-fn protection(guard: &Guard, mount: Option<&Mount>) -> &'static str {
+fn protection(guard: &Guard) -> &'static str {
     use crate::os::lock::Outcome;
     match (guard.group(), guard.advisory()) {
         (Some(_), _) => "group",
         (None, None) => "off",
-        (None, Some(Outcome::Held)) if mount.is_some_and(|mount| mount.has("localflock")) => "advisory, this node only",
-        (None, Some(Outcome::Held)) => "advisory",
+        (None, Some(Outcome::Held)) if guard.advisory_covers() => "advisory",
+        (None, Some(Outcome::Held)) => "advisory, this node only",
         (None, Some(_)) => "none",
     }
 }

@@ -4,6 +4,7 @@ use crate::client::Client;
 use crate::device::{self, Device};
 use crate::error::Result;
 use crate::exports::{Exported, Exports};
+use crate::layout;
 use crate::output::Report;
 use crate::size;
 use crate::table::{self, Align};
@@ -133,7 +134,9 @@ fn flatten(outer: &str, object: &Map<String, Value>, facts: &mut Vec<(String, St
     for (key, value) in object {
         let name = if outer.is_empty() { key.replace('_', " ") } else { format!("{outer} {}", key.replace('_', " ")) };
         match value {
+            Value::Object(inner) if key == "layout" => facts.push((name, layout::in_words(inner))),
             Value::Object(inner) => flatten(&name, inner, facts),
+            Value::Null => {}
             Value::Array(values) => facts.push((name, values.iter().map(device::text).collect::<Vec<_>>().join(", "))),
             // A newline is for a fact with several lines; in a file's name it is not one.
             value => facts.push((name, table::printable(&device::text(value)))),

@@ -13,6 +13,7 @@ mod exporter;
 mod exports;
 mod iscsi;
 mod iscsi_export;
+mod layout;
 mod list;
 mod listen;
 mod live;
