@@ -12,6 +12,7 @@ pub mod request;
 pub mod retry;
 mod sched;
 pub mod stats;
+mod supervisor;
 pub mod target;
 pub mod threads;
 pub mod transfer;

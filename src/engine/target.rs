@@ -2,8 +2,9 @@
 
 use super::guard::Guard;
 use super::lane::{Extent, LaneMap};
-use crate::os::file::{DirectFile, PathState};
+use crate::os::file::DirectFile;
 use crate::os::lustre::layout::Layout;
+use crate::os::probe::PathState;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

@@ -37,7 +37,7 @@ const STALL: Duration = Duration::from_micros(20);
 /// for another than that all of them are stuck, and one more would make that worse.
 const CROWDED_STALL: Duration = Duration::from_micros(500);
 /// How often the supervisor looks for a stall in the place of ports that sleep.
-const WATCH: Duration = Duration::from_millis(1);
+pub(super) const WATCH: Duration = Duration::from_millis(1);
 /// How often a close looks again.
 const CLOSE_LOOK: Duration = Duration::from_millis(100);
 /// Calls longer than this make a lane a slow one.
@@ -125,15 +125,15 @@ pub(super) struct Shared<T> {
     /// Where the supervisor sleeps.
     pub(super) supervise: Event,
     /// There are too few workers.
-    too_few: AtomicBool,
+    pub(super) too_few: AtomicBool,
     /// The supervisor has not yet seen when the newest are due.
     pub(super) new_retries: AtomicBool,
     /// The system gave us none; that was said.
-    no_more_threads: AtomicBool,
+    pub(super) no_more_threads: AtomicBool,
     /// Ports whose threads sleep when they have nothing to do.
     sleepers: AtomicU32,
     /// Whether the supervisor looks for stalls.
-    watching: AtomicBool,
+    pub(super) watching: AtomicBool,
     /// Whether a worker spins, looking at the inbox.
     pub(super) spinning: Apart<AtomicBool>,
     /// Workers that will look at the inbox soon: awake, and not in a call on a slow lane.
@@ -485,77 +485,5 @@ impl<T: Send + 'static> Shared<T> {
 
     pub(super) fn stopping(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
-    }
-
-    /// Starts a worker whenever somebody finds that there are too few, puts retries back into their lanes when their time has come,
-    /// and looks for stalls in the place of ports that sleep.
-    fn supervise(self: Arc<Self>) {
-        thread::run_anywhere_but(&self.reactor_cpus);
-        let (mut picks_seen, mut sign) = (0, clock::now());
-        let mut next_due = None;
-        while !self.stopping() {
-            let announced = self.supervise.announce();
-            if self.stopping() {
-                self.supervise.cancel(announced);
-                break;
-            }
-            // What was wanted before the announcement rang for nobody.
-            let wanted = self.new_retries.swap(false, Ordering::SeqCst) || self.too_few.load(Ordering::SeqCst);
-            let until_due = next_due.map(|due: Ticks| clock::to_duration(due.saturating_sub(clock::now())));
-            let watch = self.watching.load(Ordering::SeqCst).then_some(WATCH);
-            if wanted {
-                self.supervise.cancel(announced);
-            } else {
-                self.supervise.wait(announced, watch.into_iter().chain(until_due).min());
-            }
-            let now = clock::now();
-            let mut sched = self.sched();
-            next_due = sched.revive(now);
-            let revived = sched.has_ready();
-            drop(sched);
-            if revived && self.active.load(Ordering::Relaxed) == 0 {
-                self.ready.store(true, Ordering::Relaxed);
-                self.wake_one();
-            }
-            if self.watching.load(Ordering::SeqCst) {
-                let picks = self.picks.load(Ordering::Relaxed);
-                if std::mem::replace(&mut picks_seen, picks) != picks || self.help(now.wrapping_sub(sign)) {
-                    sign = now;
-                }
-                // Stop looking, then look once more: whoever adds work after this has us woken again.
-                self.watching.store(false, Ordering::SeqCst);
-                fence(Ordering::SeqCst);
-                if self.ready.load(Ordering::Relaxed) || !self.inbox.is_empty() {
-                    self.watching.store(true, Ordering::SeqCst);
-                }
-            }
-            if !self.too_few.swap(false, Ordering::Relaxed) || self.stopping() {
-                continue;
-            }
-            if self.live.load(Ordering::Relaxed) < self.workers.load(Ordering::Relaxed) {
-                self.start_worker();
-            }
-        }
-    }
-
-    fn start_worker(self: &Arc<Self>) {
-        let number = self.live.fetch_add(1, Ordering::Relaxed);
-        let worker = self.clone();
-        if let Err(error) = self.start(format!("lloop-{number}"), move || worker.work()) {
-            self.live.fetch_sub(1, Ordering::Relaxed);
-            if !self.no_more_threads.swap(true, Ordering::Relaxed) {
-                tracing::error!("{error}; going on with {number} workers");
-            }
-        }
-    }
-
-    /// Whether there are as many workers as there may be, and each has been in its call for a second.
-    pub(super) fn all_stuck(&self, now: Ticks) -> bool {
-        if self.live.load(Ordering::Relaxed) < self.workers.load(Ordering::Relaxed) {
-            return false;
-        }
-        let second = clock::to_ticks(Duration::from_secs(1));
-        let mut places = self.busy.iter().map(|busy| busy.submitted.load(Ordering::Relaxed)).filter(|&s| s != NOBODY);
-        places.all(|submitted| submitted != IDLE && now.saturating_sub(submitted) > second)
     }
 }

@@ -1,16 +1,16 @@
 //! A regular file opened for direct I/O: finding out what it is, and the calls that move data.
 
+use super::errno;
 use super::iov::IovList;
 use super::lustre::{self, Fid};
 use super::root::{self, OpenError};
-use super::{bounce::BounceBuffer, errno};
 use crate::error::{Error, Result, reason};
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-const PAGE_BYTES: usize = 4096;
+pub(super) const PAGE_BYTES: usize = 4096;
 
 /// How to open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,26 +68,15 @@ impl Identity {
     }
 }
 
-/// Where a file's path leads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PathState {
-    /// To it.
-    Same,
-    /// Nowhere, or the file has no name left.
-    Removed,
-    /// To another file.
-    Replaced,
-}
-
 /// A regular file opened with O_DIRECT that was seen to do direct I/O.
 #[derive(Debug)]
 pub struct DirectFile {
-    fd: OwnedFd,
-    path: PathBuf,
-    identity: Identity,
-    read_only: bool,
-    offset_align_bytes: usize,
-    memory_align_bytes: usize,
+    pub(super) fd: OwnedFd,
+    pub(super) path: PathBuf,
+    pub(super) identity: Identity,
+    pub(super) read_only: bool,
+    pub(super) offset_align_bytes: usize,
+    pub(super) memory_align_bytes: usize,
 }
 
 impl DirectFile {
@@ -142,46 +131,6 @@ impl DirectFile {
         };
         file.find_alignment()?;
         Ok(file)
-    }
-
-    /// What direct I/O wants: the kernel's word where it gives one, else whole pages, tried out with a read.
-    fn find_alignment(&mut self) -> Result<()> {
-        let refuse = || {
-            Error::new(
-                libc::EINVAL,
-                format!(
-                    "{} cannot do direct I/O (O_DIRECT) on {}; move the file to a filesystem that can",
-                    self.path.display(),
-                    self.identity.fs_name()
-                ),
-            )
-        };
-        match dio_align(self.fd.as_fd()) {
-            Some((0, _) | (_, 0)) => return Err(refuse()),
-            // Lustre says nothing here; should it ever, whole pages are what every version takes (facts/lustre.md).
-            Some((offset, memory)) if self.identity.fs_magic != lustre::CLIENT_MAGIC => {
-                self.offset_align_bytes = offset.max(512);
-                self.memory_align_bytes = memory;
-            }
-            _ => {
-                // SAFETY: sysconf has no preconditions.
-                let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(PAGE_BYTES as i64) as usize;
-                (self.offset_align_bytes, self.memory_align_bytes) = (page, page);
-            }
-        }
-        let mut buffer = BounceBuffer::new(self.offset_align_bytes)
-            .map_err(|e| Error::os(e.raw_os_error().unwrap_or(libc::ENOMEM), "memory for a trial read"))?;
-        let mut iovs = IovList::default();
-        iovs.push_slice(buffer.as_mut_slice());
-        // Somebody else's group lock would have a read wait for it; that direct I/O works there is known.
-        if self.identity.fs_magic == lustre::CLIENT_MAGIC {
-            return Ok(());
-        }
-        match self.read_at(&iovs, 0) {
-            Ok(_) => Ok(()),
-            Err(libc::EINVAL | libc::EOPNOTSUPP) => Err(refuse()),
-            Err(e) => Err(Error::os(e, format!("reading the start of {}", self.path.display()))),
-        }
     }
 
     /// The path it was opened by.
@@ -260,25 +209,6 @@ impl DirectFile {
         })
     }
 
-    /// Whether reads can be asked not to block: what io_uring needs to work without helper threads. Tried out.
-    ///
-    /// # Errors
-    /// The errno that says no: EOPNOTSUPP on Lustre and FUSE, for example.
-    pub fn probe_nowait(&self) -> Result<(), i32> {
-        let mut buffer = BounceBuffer::new(self.offset_align_bytes).map_err(|_| libc::ENOMEM)?;
-        let mut iovs = IovList::default();
-        iovs.push_slice(buffer.as_mut_slice());
-        let (first, count) = iovs.raw();
-        let read = retry_interrupted(|| {
-            // SAFETY: the list describes the live buffer.
-            unsafe { libc::preadv2(self.fd.as_raw_fd(), first, count, 0, libc::RWF_NOWAIT) }
-        });
-        match read {
-            Ok(_) | Err(libc::EAGAIN) => Ok(()),
-            Err(errno) => Err(errno),
-        }
-    }
-
     /// Makes what was written, and the metadata needed to find it, durable. Blocks.
     ///
     /// # Errors
@@ -310,17 +240,6 @@ impl DirectFile {
             unsafe { libc::fallocate(self.fd.as_raw_fd(), mode, offset_bytes as i64, len_bytes as i64) as isize }
         })
         .map(drop)
-    }
-
-    /// Whether holes can be punched, tried out where it changes nothing: far behind the file's end. Blocks.
-    pub fn can_punch(&self) -> bool {
-        const FAR_BYTES: u64 = 1 << 30;
-        match self.size_bytes() {
-            Ok(size) if !self.read_only && size < i64::MAX as u64 - 2 * FAR_BYTES => {
-                self.punch((size + FAR_BYTES) & !(FAR_BYTES - 1), PAGE_BYTES as u64).is_ok()
-            }
-            _ => false,
-        }
     }
 
     /// Another open file of the same, with locks and flags of its own. For asking questions, not for data. Blocks.
@@ -365,32 +284,6 @@ impl DirectFile {
             .map_err(|e| Error::os(e, format!("replacing the descriptor of {}", self.path.display())))
     }
 
-    /// Reads the first page and forgets it. Blocks.
-    ///
-    /// # Errors
-    /// The system's errno.
-    pub fn trial_read(&self) -> Result<(), i32> {
-        let mut buffer = BounceBuffer::new(self.offset_align_bytes).map_err(|_| libc::ENOMEM)?;
-        let mut iovs = IovList::default();
-        iovs.push_slice(buffer.as_mut_slice());
-        self.read_at(&iovs, 0).map(drop)
-    }
-
-    /// Whether the path still leads to this file. Blocks.
-    pub fn path_state(&self) -> PathState {
-        use std::os::unix::fs::MetadataExt;
-        if fstat(self.fd.as_fd()).is_ok_and(|stat| stat.st_nlink == 0) {
-            return PathState::Removed;
-        }
-        match std::fs::metadata(&self.path) {
-            Ok(meta) if (meta.dev(), meta.ino()) == (self.identity.dev, self.identity.ino) => PathState::Same,
-            Ok(_) => PathState::Replaced,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => PathState::Removed,
-            // Who cannot look cannot tell.
-            Err(_) => PathState::Same,
-        }
-    }
-
     /// Makes the file `size_bytes` long. Blocks.
     ///
     /// # Errors
@@ -408,7 +301,7 @@ impl AsFd for DirectFile {
     }
 }
 
-fn retry_interrupted(mut call: impl FnMut() -> isize) -> Result<usize, i32> {
+pub(super) fn retry_interrupted(mut call: impl FnMut() -> isize) -> Result<usize, i32> {
     loop {
         match usize::try_from(call()) {
             Ok(n) => return Ok(n),
@@ -498,7 +391,7 @@ fn check_filesystem(path: &Path, magic: u64, options: OpenOptions) -> Result<()>
     Ok(())
 }
 
-fn fstat(fd: BorrowedFd<'_>) -> Result<libc::stat, i32> {
+pub(super) fn fstat(fd: BorrowedFd<'_>) -> Result<libc::stat, i32> {
     // SAFETY: stat is plain data, for which zeroes are valid.
     let mut stat: libc::stat = unsafe { std::mem::zeroed() };
     // SAFETY: an open descriptor and a live structure.
@@ -515,15 +408,4 @@ fn fstatfs(fd: BorrowedFd<'_>) -> Result<(u64, u64), i32> {
     // SAFETY: fsid_t is two ints whose names libc keeps to itself; any bytes are a valid u64.
     let id: u64 = unsafe { std::mem::transmute(stat.f_fsid) };
     Ok((stat.f_type as u64 & 0xFFFF_FFFF, id))
-}
-
-/// Offset and memory alignment of direct I/O as `statx` reports them (Linux 6.1), zeroes where there is no direct I/O;
-/// nothing where the filesystem does not say.
-fn dio_align(fd: BorrowedFd<'_>) -> Option<(usize, usize)> {
-    // SAFETY: statx is plain data, for which zeroes are valid.
-    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: an open descriptor, an empty C string (allowed by AT_EMPTY_PATH) and a live structure.
-    let rc = unsafe { libc::statx(fd.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &mut stat) };
-    (rc == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0)
-        .then_some((stat.stx_dio_offset_align as usize, stat.stx_dio_mem_align as usize))
 }

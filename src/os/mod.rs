@@ -10,6 +10,7 @@ pub mod iov;
 pub mod lock;
 pub mod lustre;
 pub mod mount;
+pub mod probe;
 pub mod queue;
 pub mod ring;
 pub mod root;
