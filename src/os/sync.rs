@@ -110,7 +110,7 @@ mod loom_tests {
                 }
             };
             take(&mut seen);
-            producers.into_iter().for_each(|p| p.join().unwrap());
+            producers.into_iter().for_each(|p| drop(p.join().unwrap()));
             take(&mut seen);
             assert_eq!(seen.iter().filter(|&&v| v < 10).collect::<Vec<_>>(), [&1, &2]);
             assert_eq!(seen.iter().filter(|&&v| v > 10).collect::<Vec<_>>(), [&11, &12]);
