@@ -13,6 +13,7 @@ use crate::os::lustre::group;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Which locks are wanted.
@@ -58,7 +59,7 @@ pub struct Guard {
     /// What came of the advisory lock.
     advisory: Option<Outcome>,
     /// Another open file of the same, to ask the server through.
-    watch: Option<OwnedFd>,
+    watch: Mutex<Option<OwnedFd>>,
     standing: AtomicU8,
     /// How often a lock was lost and taken again.
     recoveries: AtomicU64,
@@ -81,7 +82,7 @@ impl Guard {
         Guard {
             options: GuardOptions::default(),
             advisory: None,
-            watch: None,
+            watch: Mutex::new(None),
             standing: AtomicU8::new(Standing::Held as u8),
             recoveries: AtomicU64::new(0),
             version_at_fence: AtomicU64::new(0),
@@ -112,7 +113,7 @@ impl Guard {
         let watched = advisory == Some(Outcome::Held) && file.identity().fid.is_some() && !options.this_node_only;
         let watch =
             watched.then(|| file.duplicate()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
-        Ok(Guard { options, advisory, watch, ..Guard::none() })
+        Ok(Guard { options, advisory, watch: Mutex::new(watch), ..Guard::none() })
     }
 
     /// Takes the group lock, if one is wanted. Needs every storage server of the file; blocks as long as they do.
@@ -157,14 +158,26 @@ impl Guard {
         self.options.group.is_some() && self.options.discards
     }
 
-    /// Whether the advisory lock would keep everybody out while the group lock is not there.
+    /// Whether the advisory lock keeps everybody out while the group lock is not there. A shared one does not: those of another group
+    /// share it, too.
     pub fn advisory_covers(&self) -> bool {
-        self.advisory == Some(Outcome::Held) && !self.options.this_node_only
+        self.advisory == Some(Outcome::Held)
+            && self.options.advisory == Some(Sharing::Exclusive)
+            && !self.options.this_node_only
+    }
+
+    /// Whether the advisory lock reaches the other processes of this node only.
+    pub fn is_of_this_node_only(&self) -> bool {
+        self.options.this_node_only
+    }
+
+    fn watch(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether a server may lose a lock of this guard without anybody noticing.
     pub fn wants_watching(&self) -> bool {
-        self.watch.is_some() && self.standing() == Standing::Held
+        self.watch().is_some() && self.standing() == Standing::Held
     }
 
     /// How it stands.
@@ -190,7 +203,7 @@ impl Guard {
     /// # Errors
     /// The errno of a server that cannot be asked now.
     pub fn advisory_is_held(&self, file: &DirectFile) -> Result<bool, i32> {
-        let Some(watch) = &self.watch else { return Ok(self.advisory == Some(Outcome::Held)) };
+        let Some(watch) = &*self.watch() else { return Ok(self.advisory == Some(Outcome::Held)) };
         // The first answer after an eviction is EIO, the second tells.
         let mut answer = lock::standing(watch.as_fd());
         for _ in 0..3 {
@@ -214,7 +227,18 @@ impl Guard {
 
     /// Whether the group lock is still there: a direct read says ENOLCK where it is not. Blocks.
     fn group_is_held(&self, file: &DirectFile) -> bool {
-        self.options.group.is_some() && !matches!(file.trial_read(), Err(libc::ENOLCK))
+        if self.options.group.is_none() {
+            return false;
+        }
+        for _ in 0..5 {
+            match file.trial_read() {
+                Ok(()) => return true,
+                // The first answer after an eviction says nothing yet of the lock.
+                Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM) => std::thread::sleep(PAUSE / 2),
+                Err(_) => return false,
+            }
+        }
+        false
     }
 
     /// Takes the group lock again after a call has said ENOLCK. No I/O is in flight, and none starts. Blocks.
@@ -223,15 +247,26 @@ impl Guard {
     /// Why the volume has to be fenced, for people.
     pub(super) fn regain_group(&self, file: &DirectFile) -> Result<(), String> {
         self.set_standing(Standing::Recovering);
+        self.relock_vouched(file)
+    }
+
+    fn relock_vouched(&self, file: &DirectFile) -> Result<(), String> {
+        self.vouch(file)?;
+        self.relock_group(file, true)?;
+        // Once more: that can have taken as long as a server was down.
+        self.vouch(file)
+    }
+
+    /// Whether the advisory lock has kept others out until now.
+    fn vouch(&self, file: &DirectFile) -> Result<(), String> {
         if !self.advisory_covers() {
             return Err("there is no advisory lock that would have kept others out meanwhile".into());
         }
         match self.advisory_is_held(file) {
-            Ok(true) => {}
-            Ok(false) => return Err("the advisory lock is lost as well".into()),
-            Err(errno) => return Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
+            Ok(true) => Ok(()),
+            Ok(false) => Err("the advisory lock is lost as well".into()),
+            Err(errno) => Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
         }
-        self.relock_group(file, true)
     }
 
     /// Takes the advisory lock again after it was seen to be gone. No I/O is in flight, and none starts. Blocks.
@@ -240,11 +275,10 @@ impl Guard {
     /// Why the volume has to be fenced, for people.
     pub(super) fn regain_advisory(&self, file: &DirectFile) -> Result<(), String> {
         self.set_standing(Standing::Recovering);
-        if !self.group_is_held(file) {
-            return Err("no group lock was held that would have kept others out meanwhile".into());
-        }
         match self.retake_advisory(file) {
-            Ok(true) => Ok(()),
+            // Asked last: a group lock that is lost does not come back by itself.
+            Ok(true) if self.group_is_held(file) => Ok(()),
+            Ok(true) => Err("no group lock was held that would have kept others out meanwhile".into()),
             Ok(false) => Err("somebody else has taken it".into()),
             Err(errno) => Err(format!("it cannot be taken again: {}", reason(errno))),
         }
@@ -260,16 +294,62 @@ impl Guard {
             work();
             return Ok(());
         };
-        // (EINVAL: lost already; it is taken again below.)
+        // Giving a lost lock back succeeds as well: whether it was lost, and others may have been in, has to be known before.
+        if self.group_is_held(file) {
+            self.vouch(file)?;
+        } else {
+            self.relock_vouched(file)?;
+        }
         match group::group_unlock(file.as_fd(), gid) {
-            Ok(()) | Err(libc::EINVAL) => {}
+            Ok(()) => {}
             Err(errno) => return Err(format!("the group lock cannot be given back: {}", reason(errno))),
         }
         work();
-        self.relock_group(file, false)
+        self.relock_group(file, false)?;
+        self.vouch(file)
     }
 
-    /// Everything anew: for an operator, and for a file that was opened again. Blocks.
+    /// Opens the file anew in the place of a stale descriptor, without a moment in which nobody keeps others out: a member of the group
+    /// is let in at once while the old one still has it, and a lock that is only shared for that moment is so on both. No I/O is in
+    /// flight, and none starts. Blocks.
+    ///
+    /// # Errors
+    /// Why the volume has to be fenced, for people.
+    pub(super) fn reopen(&self, file: &DirectFile) -> Result<(), String> {
+        self.set_standing(Standing::Recovering);
+        // (Where the old descriptor cannot even be asked, the group lock has to do.)
+        if self.advisory_covers() && self.advisory_is_held(file) == Ok(false) {
+            return Err("the advisory lock is lost as well".into());
+        }
+        let new = file.open_again().map_err(|e| e.message)?;
+        let held = self.advisory == Some(Outcome::Held);
+        match self.options.group {
+            Some(gid) => match lock_group(&new, gid) {
+                Ok(()) => {}
+                Err(libc::EAGAIN) => return Err("somebody else holds a group lock".into()),
+                Err(errno) => return Err(format!("the group lock cannot be taken again: {}", reason(errno))),
+            },
+            None if held => {
+                for each in [file, &new] {
+                    if lock::try_lock(each.as_fd(), false) != Ok(Outcome::Held) {
+                        return Err("the advisory lock cannot be moved to the new descriptor".into());
+                    }
+                }
+            }
+            None => {}
+        }
+        file.take_over(&new).map_err(|e| e.message)?;
+        if held && self.retake_advisory(file) != Ok(true) {
+            return Err("somebody else has taken the advisory lock".into());
+        }
+        let mut watch = self.watch();
+        if watch.is_some() {
+            *watch = Some(file.duplicate().map_err(reason)?);
+        }
+        Ok(())
+    }
+
+    /// Everything anew, for an operator. Blocks.
     ///
     /// # Errors
     /// Who or what is in the way, for people.
@@ -309,10 +389,9 @@ impl Guard {
         }
     }
 
-    /// Notes that it is fenced.
-    pub(super) fn fence(&self, file: &DirectFile) {
+    /// Remembers what the file was like when it was fenced. Blocks as long as a server is down.
+    pub(super) fn remember_version(&self, file: &DirectFile) {
         self.version_at_fence.store(group::data_version(file.as_fd()).unwrap_or(0), Ordering::Relaxed);
-        self.set_standing(Standing::Fenced);
     }
 
     /// Notes that all is well again; whether the file was written to while it was fenced, where that can be told.

@@ -38,13 +38,21 @@ impl Default for Care {
 const TICK: Duration = Duration::from_millis(500);
 /// How long discards are gathered.
 const GATHER: Duration = Duration::from_millis(20);
+/// How long discards have a device wait for its last calls.
+const DRAIN: Duration = Duration::from_secs(2);
+/// How long an operator waits for an errand.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What the keeper remembers.
 pub(super) struct Keeper {
     care: Care,
     /// Volumes that a thread works for.
     at_work: HashSet<u32>,
+    /// Volumes whose file a thread looks at. (It may hang in that while somebody else watches the locks.)
+    looking: HashSet<u32>,
     last_check: Instant,
+    /// Volumes whose locks are to be asked for.
+    unchecked: HashSet<u32>,
     /// Lanes that stall: since when, and what has been said of it.
     stalled: HashMap<(u32, u16), Ticks>,
     /// How often each has.
@@ -57,7 +65,9 @@ impl Keeper {
         Keeper {
             care,
             at_work: HashSet::new(),
+            looking: HashSet::new(),
             last_check: Instant::now(),
+            unchecked: HashSet::new(),
             stalled: HashMap::new(),
             stalls: HashMap::new(),
             said_full: false,
@@ -68,76 +78,114 @@ impl Keeper {
         self.care = care;
     }
 
+    /// Who is somewhere already: to look at files, or for all else.
+    fn place(&mut self, looks: bool) -> &mut HashSet<u32> {
+        if looks { &mut self.looking } else { &mut self.at_work }
+    }
+
     /// How often each lane of a volume has stalled.
     pub fn stalls_of(&self, volume: u32) -> HashMap<u16, u64> {
         self.stalls.iter().filter(|((v, _), _)| *v == volume).map(|((_, lane), &n)| (*lane, n)).collect()
     }
 }
 
+/// Takes a volume off the list of those that somebody works for, also when that panics.
+struct Done<'a, T>(&'a Shared<T>, u32, bool);
+
+impl<T> Drop for Done<'_, T> {
+    fn drop(&mut self) {
+        self.0.care().place(self.2).remove(&self.1);
+    }
+}
+
 /// What a thread of the keeper does for a volume.
 enum Errand {
     Trouble(Trouble),
+    /// Ask for its locks.
     Check,
+    /// Look at its file.
+    Look,
 }
 
 impl<T: Send + 'static> Shared<T> {
     /// The keeper's life.
     pub(super) fn keep(self: Arc<Self>) {
         thread::run_anywhere_but(&self.reactor_cpus);
-        // What an errand was already on its way for.
-        let mut later: Vec<(u32, Arc<Target>, Trouble)> = Vec::new();
         while !self.stopping() {
             let mut sched = self.sched();
-            if !sched.is_troubled() && later.is_empty() {
+            if !sched.is_troubled() {
                 sched = self.attention.wait_timeout(sched, TICK).unwrap_or_else(PoisonError::into_inner).0;
             }
-            let mut troubles = sched.take_troubles();
             let ready = sched.has_ready();
             drop(sched);
-            troubles.append(&mut later);
+            // (Locks are taken one at a time. This thread alone sends anybody, beside operators, and those hold none.)
+            let at_work = self.care().at_work.clone();
+            let mut sched = self.sched();
+            let troubles = sched.take_troubles(&at_work);
+            let mut left = sched.is_troubled();
+            drop(sched);
             for (id, target, trouble) in troubles {
                 if !self.send(id, &target, Errand::Trouble(trouble)) {
-                    later.push((id, target, trouble));
+                    self.sched().put_back(id, trouble);
+                    left = true;
                 }
             }
-            if !later.is_empty() {
+            if left {
                 std::thread::sleep(Duration::from_millis(5));
             }
             self.watch_calls(ready);
-            let check = {
-                let mut keeper = self.care();
-                let due = keeper.last_check.elapsed() >= keeper.care.check;
-                if due {
-                    keeper.last_check = Instant::now();
-                }
-                due
-            };
-            if check {
-                let volumes = self.sched().targets();
-                for (id, target) in volumes {
-                    // (Somebody who is there already looks, too.)
-                    let _ = self.send(id, &target, Errand::Check);
-                }
+            self.send_to_look();
+            let dead = self.sched().take_dead();
+            if !dead.is_empty() {
+                // Closing a file can block.
+                let _ = self.start("lloop-close".into(), move || drop(dead));
+            }
+        }
+    }
+
+    /// Has every volume's locks and file looked at, when it is time for that.
+    fn send_to_look(self: &Arc<Self>) {
+        let mut keeper = self.care();
+        let due = keeper.last_check.elapsed() >= keeper.care.check;
+        if !due && keeper.unchecked.is_empty() {
+            return;
+        }
+        let unchecked = std::mem::take(&mut keeper.unchecked);
+        if due {
+            keeper.last_check = Instant::now();
+        }
+        drop(keeper);
+        let volumes = self.sched().targets();
+        for (id, target) in volumes {
+            if (due || unchecked.contains(&id)) && !self.send(id, &target, Errand::Check) {
+                self.care().unchecked.insert(id);
+            }
+            if due {
+                // (Somebody who still looks will do.)
+                let _ = self.send(id, &target, Errand::Look);
             }
         }
     }
 
     /// Has a thread run an errand; false when one is on its way for this volume.
     fn send(self: &Arc<Self>, id: u32, target: &Arc<Target>, errand: Errand) -> bool {
-        if !self.care().at_work.insert(id) {
+        let looks = matches!(errand, Errand::Look);
+        if !self.care().place(looks).insert(id) {
             return false;
         }
         let (shared, target) = (self.clone(), target.clone());
         let run = move || {
+            let _done = Done(&shared, id, looks);
+            // (It goes before.)
+            let target = target;
             match errand {
                 Errand::Trouble(trouble) => shared.mend(id, &target, trouble),
                 Errand::Check => shared.check(id, &target),
+                Errand::Look => shared.look(id, &target),
             }
-            drop(target);
-            shared.care().at_work.remove(&id);
         };
         if let Err(error) = self.start(format!("lloop-keep-{id}"), run) {
-            self.care().at_work.remove(&id);
+            self.care().place(looks).remove(&id);
             tracing::error!("{error}; trying again");
             std::thread::sleep(TICK);
             return false;
@@ -147,10 +195,20 @@ impl<T: Send + 'static> Shared<T> {
 
     /// Starts nothing new on a volume, and waits until nothing is going on there.
     fn hold_and_drain(&self, id: u32) {
+        let _ = self.hold_and_drain_within(id, Duration::MAX);
+    }
+
+    /// The same for a while; whether nothing is going on now.
+    fn hold_and_drain_within(&self, id: u32, limit: Duration) -> bool {
+        let start = Instant::now();
         let mut sched = self.sched();
-        while !sched.hold(id) && !self.stopping() {
+        while !sched.hold(id) {
+            if self.stopping() || start.elapsed() >= limit {
+                return false;
+            }
             sched = self.quiet.wait_timeout(sched, TICK).unwrap_or_else(PoisonError::into_inner).0;
         }
+        true
     }
 
     fn go_on(&self, id: u32) {
@@ -171,22 +229,38 @@ impl<T: Send + 'static> Shared<T> {
     fn mend(&self, id: u32, target: &Target, trouble: Trouble) {
         let (file, guard) = (target.file(), target.guard());
         let shown = file.path().display();
-        if trouble.stale {
+        // From there on an operator decides, whatever was noticed before.
+        if guard.standing() == Standing::Fenced {
+            return;
+        }
+        let urgent = trouble.stale || trouble.lock_lost;
+        if !urgent {
+            std::thread::sleep(GATHER);
+        }
+        let drained = self.hold_and_drain_within(id, if urgent { Duration::MAX } else { DRAIN });
+        // What the last calls have said is for this errand, too.
+        let now = self.sched().trouble(id);
+        let (stale, lock_lost) = (trouble.stale || now.stale, trouble.lock_lost || now.lock_lost);
+        if !drained && (stale || lock_lost) {
             self.hold_and_drain(id);
-            guard.set_standing(Standing::Recovering);
-            let reopened = file.reopen().map_err(|e| e.message).and_then(|()| guard.retake_all(file));
+        }
+        if stale {
+            let reopened = guard.reopen(file);
             return self.settle(id, target, "its descriptor went stale", reopened);
         }
-        if trouble.lock_lost {
+        if lock_lost {
             tracing::warn!("{shown}: the group lock is lost (evicted by a server?); taking it again");
-            self.hold_and_drain(id);
             let regained = guard.regain_group(file);
             return self.settle(id, target, "the group lock was lost", regained);
         }
         if trouble.discards {
-            std::thread::sleep(GATHER);
-            self.hold_and_drain(id);
             let mut requests = self.sched().take_discards(id);
+            // What is not done is not reported as done. And a call that hangs must not stop the whole device for a discard.
+            requests.iter_mut().for_each(|request| request.conclude(Err(libc::EIO)));
+            if !drained {
+                answer(&self.ports(), requests);
+                return self.go_on(id);
+            }
             let done = guard.without_group(file, || discard(target, &mut requests));
             answer(&self.ports(), requests);
             match done {
@@ -207,18 +281,20 @@ impl<T: Send + 'static> Shared<T> {
                 self.go_on(id);
             }
             Err(why) => {
-                guard.fence(file);
+                guard.set_standing(Standing::Fenced);
                 tracing::error!(
                     "{shown}: {what}, and {why}: somebody else may have written to the file. Fenced: every I/O fails until bdev_lloop_resume, or until it is attached again"
                 );
                 self.sched().fail(id, libc::ENOLCK);
                 self.ready.store(true, Ordering::Relaxed);
                 self.wake_one();
+                // (Last: it asks every server, and one may be down.)
+                guard.remember_version(file);
             }
         }
     }
 
-    /// Looks at a volume's locks and file.
+    /// Asks for a volume's locks.
     fn check(&self, id: u32, target: &Target) {
         let (file, guard) = (target.file(), target.guard());
         let shown = file.path().display();
@@ -236,6 +312,10 @@ impl<T: Send + 'static> Shared<T> {
                 Err(errno) => tracing::warn!("{shown}: asking for its lock: {}; asking again later", reason(errno)),
             }
         }
+    }
+
+    /// Looks at a volume's file.
+    fn look(&self, id: u32, target: &Target) {
         if target.damage().is_none()
             && let Some(damage) = target.look_for_damage()
         {
@@ -253,6 +333,15 @@ impl<T: Send + 'static> Shared<T> {
         let (file, guard) = (target.file(), target.guard());
         let shown = file.path().display();
         let refuse = |errno, why: String| Err(Error::new(errno, format!("{shown}: {why}")));
+        // One at a time: an errand may be ending, and two operators would take the lock from under each other's I/O.
+        let start = Instant::now();
+        while !self.care().at_work.insert(id) {
+            if start.elapsed() >= PATIENCE {
+                return refuse(libc::EBUSY, "it is being looked after at the moment; try again".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let _done = Done(self, id, false);
         if guard.standing() == Standing::Fenced {
             if let Err(why) = guard.retake_all(file) {
                 return refuse(libc::EBUSY, format!("it stays fenced: {why}"));
@@ -276,12 +365,14 @@ impl<T: Send + 'static> Shared<T> {
     /// Reports calls that do not return, and those that have after all.
     fn watch_calls(&self, work_waits: bool) {
         let now = clock::now();
+        // (Before the lock, so dropped after it: a name may be the last owner of a file, and closing can block.)
+        let mut names: HashMap<u32, Arc<Target>> = HashMap::new();
         let mut keeper = self.care();
         let limit = clock::to_ticks(keeper.care.stall_warn);
         let mut oldest: HashMap<(u32, u16), (Ticks, u64, u64)> = HashMap::new();
         for busy in &self.busy {
             let volume = busy.volume.load(Ordering::Relaxed);
-            if let Some(submitted) = busy.submitted_on(volume)
+            if let Some(submitted) = busy.started_on(volume)
                 && now.saturating_sub(submitted) >= limit
             {
                 let (offset, len) = (busy.offset_bytes.load(Ordering::Relaxed), busy.len_bytes.load(Ordering::Relaxed));
@@ -296,7 +387,7 @@ impl<T: Send + 'static> Shared<T> {
         let over: Vec<_> =
             keeper.stalled.iter().filter(|(place, _)| !oldest.contains_key(*place)).map(|(p, s)| (*p, *s)).collect();
         if !(news.is_empty() && over.is_empty()) {
-            let names: HashMap<u32, Arc<Target>> = self.sched().targets().into_iter().collect();
+            names.extend(self.sched().targets());
             let shown = |volume: &u32| {
                 names.get(volume).map_or("a file that is closed".into(), |t| t.file().path().display().to_string())
             };

@@ -20,6 +20,8 @@ pub enum Verdict {
 
 /// How often EIO is tried again: an eviction is over in 30 to 50 ms (measured), a deactivated or broken server stays so.
 const MAX_EIO: u32 = 6;
+/// How often a lock is taken again for one request: one that does not stay is no lock.
+const MAX_LOST: u32 = 20;
 /// How often a stale descriptor is replaced.
 const MAX_STALE: u32 = 3;
 
@@ -32,7 +34,7 @@ pub fn verdict(errno: i32, attempts: u32, waited: Duration, budget: Duration, gr
     };
     match errno {
         // Not a matter of time: until the lock is back no call can succeed.
-        libc::ENOLCK if group_lock => Verdict::LockLost,
+        libc::ENOLCK if group_lock && attempts <= MAX_LOST => Verdict::LockLost,
         _ if waited >= budget => Verdict::Final,
         libc::EIO if attempts <= MAX_EIO => again(50, 2000),
         libc::ESHUTDOWN => again(50, 2000),

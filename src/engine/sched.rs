@@ -76,6 +76,8 @@ struct Volume<T> {
     /// Everything fails with this.
     failing: Option<i32>,
     trouble: Trouble,
+    /// It fails for good.
+    abandoned: bool,
     closing: bool,
     /// What is being executed, page by page. Kept where parts of pages can be modified only.
     ranges: Vec<Range>,
@@ -86,6 +88,8 @@ pub struct Sched<T> {
     volumes: Vec<Option<Volume<T>>>,
     /// Numbers of volumes that are gone, while somebody may still mean them.
     retired: HashSet<u32>,
+    /// Files that nobody may own any more: to be dropped where closing can block.
+    dead: Vec<Arc<Target>>,
     ring: VecDeque<(u32, u16)>,
     /// Lanes that have work and took too many workers already.
     crowded: VecDeque<(u32, u16)>,
@@ -106,6 +110,7 @@ impl<T> Sched<T> {
         Sched {
             volumes: Vec::new(),
             retired: HashSet::new(),
+            dead: Vec::new(),
             ring: VecDeque::new(),
             crowded: VecDeque::new(),
             refused: List::default(),
@@ -144,6 +149,7 @@ impl<T> Sched<T> {
             held: false,
             failing: None,
             trouble: Trouble::default(),
+            abandoned: false,
             closing: false,
         };
         let is_free = |id: &usize| self.volumes[*id].is_none() && !self.retired.contains(&(*id as u32));
@@ -190,12 +196,17 @@ impl<T> Sched<T> {
     fn drop_if_closed(&mut self, id: u32) -> bool {
         let slot = &mut self.volumes[id as usize];
         if slot.as_ref().is_some_and(|volume| volume.closing && volume.is_idle()) {
-            *slot = None;
+            self.dead.extend(slot.take().map(|volume| volume.target));
             self.retired.insert(id);
             self.ring.retain(|&(other, _)| other != id);
             self.crowded.retain(|&(other, _)| other != id);
         }
         slot.is_none()
+    }
+
+    /// The files of volumes that are gone.
+    pub fn take_dead(&mut self) -> Vec<Arc<Target>> {
+        std::mem::take(&mut self.dead)
     }
 
     /// Nobody means this volume any more: its number may be given to another.
@@ -214,7 +225,8 @@ impl<T> Sched<T> {
             }
             match request.op {
                 Op::Flush => {
-                    volume.newest_flush = request.submitted;
+                    // (Ports do not hand over in the order of time.)
+                    volume.newest_flush = volume.newest_flush.max(request.submitted);
                     volume.flushes.push_back(request);
                     self.enlist(id, FLUSHES);
                 }
@@ -393,10 +405,28 @@ impl<T> Sched<T> {
     /// Goes on with a volume that was held, or failing.
     pub fn release(&mut self, id: u32) {
         let Some(volume) = self.volume_mut(id) else { return };
+        if volume.abandoned {
+            return;
+        }
         (volume.held, volume.failing) = (false, None);
         (volume.trouble.lock_lost, volume.trouble.stale) = (false, false);
-        volume.retries.iter_mut().for_each(|request| request.due = 0);
+        // (The time that they have was not for waiting for a lock.)
+        let now = crate::os::clock::now();
+        volume.retries.iter_mut().for_each(|request| (request.due, request.first_failure) = (0, now));
+        // What was gathered while something else was mended still waits for its errand.
+        let discards = !volume.discards.is_empty();
+        volume.trouble.discards = discards;
+        self.troubled |= discards;
         self.enlist_all(id);
+    }
+
+    /// The volume is on its way out: what waits for better times is answered now, and whatever still comes.
+    pub fn abandon(&mut self, id: u32) {
+        let Some(volume) = self.volume_mut(id) else { return };
+        if volume.held || volume.failing.is_some() {
+            volume.abandoned = true;
+            self.fail(id, libc::ENODEV);
+        }
     }
 
     /// Answers whatever waits on a volume, and whatever comes, with `errno`, until [`Sched::release`].
@@ -422,18 +452,40 @@ impl<T> Sched<T> {
     }
 
     /// Volumes that need attention, with why, when that has changed since it was last asked.
-    pub fn take_troubles(&mut self) -> Vec<(u32, Arc<Target>, Trouble)> {
+    /// Volumes `at_work` keep theirs: who is there may mend it, too.
+    pub fn take_troubles(&mut self, at_work: &HashSet<u32>) -> Vec<(u32, Arc<Target>, Trouble)> {
         if !std::mem::take(&mut self.troubled) {
             return Vec::new();
         }
+        let mut left = false;
         let volumes = self.volumes.iter_mut().enumerate();
-        volumes
+        let troubles = volumes
             .filter_map(|(id, volume)| {
                 let volume = volume.as_mut()?;
+                if at_work.contains(&(id as u32)) {
+                    left |= !volume.trouble.is_none();
+                    return None;
+                }
                 let trouble = std::mem::take(&mut volume.trouble);
                 (!trouble.is_none()).then(|| (id as u32, volume.target.clone(), trouble))
             })
-            .collect()
+            .collect();
+        self.troubled = left;
+        troubles
+    }
+
+    /// What is the matter with a volume by now, beside what was taken.
+    pub fn trouble(&self, id: u32) -> Trouble {
+        self.volumes.get(id as usize).and_then(Option::as_ref).map_or(Trouble::default(), |volume| volume.trouble)
+    }
+
+    /// Gives a trouble back that nobody could be sent for.
+    pub fn put_back(&mut self, id: u32, trouble: Trouble) {
+        let Some(volume) = self.volume_mut(id) else { return };
+        volume.trouble.lock_lost |= trouble.lock_lost;
+        volume.trouble.stale |= trouble.stale;
+        volume.trouble.discards |= trouble.discards;
+        self.troubled = true;
     }
 
     /// Every volume's file.
@@ -484,6 +536,10 @@ impl<T> Volume<T> {
         self.flushes.is_empty()
             || (self.retried.0 > 0 && earlier(self.retried.1))
             || self.retries.iter().any(|request| request.op != Op::Flush && earlier(request.submitted))
+            // (Those whose time has come stand at the heads of their lanes.)
+            || self.lanes.iter().any(|lane| {
+                lane.queue.iter().take_while(|request| request.attempts > 0).any(|request| earlier(request.submitted))
+            })
     }
 
     fn take(&mut self, id: u32, at: u16, max_merge_bytes: u64) -> Option<Work<T>> {

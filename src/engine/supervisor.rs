@@ -34,9 +34,13 @@ impl<T: Send + 'static> Shared<T> {
             next_due = sched.revive(now);
             let revived = sched.has_ready();
             drop(sched);
-            if revived && self.active.load(Ordering::Relaxed) == 0 {
+            if revived {
+                // Those who are active may be stuck: ports, or we in their place, look after that.
                 self.ready.store(true, Ordering::Relaxed);
-                self.wake_one();
+                if self.active.load(Ordering::Relaxed) == 0 {
+                    self.wake_one();
+                }
+                self.watch();
             }
             if self.watching.load(Ordering::SeqCst) {
                 let picks = self.picks.load(Ordering::Relaxed);
@@ -76,7 +80,10 @@ impl<T: Send + 'static> Shared<T> {
             return false;
         }
         let second = clock::to_ticks(Duration::from_secs(1));
-        let mut places = self.busy.iter().map(|busy| busy.submitted.load(Ordering::Relaxed)).filter(|&s| s != NOBODY);
-        places.all(|submitted| submitted != IDLE && now.saturating_sub(submitted) > second)
+        let mut places = self.busy.iter().filter(|busy| busy.submitted.load(Ordering::Relaxed) != NOBODY);
+        places.all(|busy| {
+            let started = busy.started.load(Ordering::Relaxed);
+            busy.submitted.load(Ordering::Relaxed) != IDLE && now.saturating_sub(started) > second
+        })
     }
 }

@@ -92,6 +92,8 @@ pub(super) struct Busy {
     pub(super) lane: AtomicU32,
     pub(super) offset_bytes: AtomicU64,
     pub(super) len_bytes: AtomicU64,
+    /// When the call was made.
+    pub(super) started: AtomicU64,
     /// When the oldest request of the call was submitted, or one of the two values below.
     pub(super) submitted: AtomicU64,
 }
@@ -108,7 +110,13 @@ impl Busy {
         self.lane.store(work.lane.into(), Ordering::Relaxed);
         self.offset_bytes.store(first.offset_bytes, Ordering::Relaxed);
         self.len_bytes.store(first.len_bytes, Ordering::Relaxed);
+        self.started.store(clock::now(), Ordering::Relaxed);
         self.submitted.store(first.submitted, Ordering::Release);
+    }
+
+    /// When the current call on `volume` was made.
+    pub(super) fn started_on(&self, volume: u32) -> Option<Ticks> {
+        self.submitted_on(volume).map(|_| self.started.load(Ordering::Relaxed))
     }
 
     /// When the oldest request of the current call on `volume` was submitted.
@@ -309,7 +317,9 @@ impl<T: Send + 'static> Pool<T> {
             }
             sched = self.0.quiet.wait_timeout(sched, left.min(CLOSE_LOOK)).unwrap_or_else(PoisonError::into_inner).0;
         }
+        let dead = sched.take_dead();
         drop(sched);
+        drop(dead);
         // A worker that has just handed out the last answer may still hold the target for an instant; the keeper, while it looks
         // after the file.
         let mut target = target;
@@ -332,6 +342,13 @@ impl<T: Send + 'static> Pool<T> {
         self.0.sched().set_limits(workers, options.lane_limit, options.max_merge_bytes);
         self.0.care().set_care(options.care);
         self.0.idle.notify_all();
+    }
+
+    /// The volume is on its way out: what waits there for a lock to come back is answered with ENODEV. Takes the pool's lock.
+    pub fn abandon(&self, volume: u32) {
+        self.0.sched().abandon(volume);
+        self.0.ready.store(true, Ordering::Relaxed);
+        self.0.wake_one();
     }
 
     /// Looks after a volume now: takes lost locks again, looks at the file. For an operator who has mended something. Blocks: not for

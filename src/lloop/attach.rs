@@ -126,29 +126,22 @@ pub async fn attach(mut params: CreateParams) -> Result<String> {
 
     let path = params.filename.clone();
     let open_options = OpenOptions { read_only: params.read_only, allow_any_fs: params.allow_any_fs };
-    let file = blocking.run(move || DirectFile::open(&path, open_options)).await??;
+    let limit = Duration::from_secs(options::current().lock_timeout.into());
+    let file = blocking
+        .run_within(limit * 2, move || DirectFile::open(&path, open_options))
+        .await
+        .map_err(|error| no_answer(error, &params, limit))??;
     if let Err(error) = reservation.claim(*file.identity(), &file) {
         // Closing can block as well as opening can.
         blocking.run(move || drop(file)).await?;
         return Err(error);
     }
     let wanted = params.clone();
-    let limit = Duration::from_secs(options::current().lock_timeout.into());
     // A server that hangs must not hang the caller, too. (Whatever comes of it later is dropped, and the file closed.)
     let Prepared { target, map, facts, num_blocks, stripe_blocks, split } = blocking
         .run_within(limit * 2, move || prepare(file, &wanted, limit))
         .await
-        .map_err(|error| match error.errno {
-            libc::ETIMEDOUT => Error::new(
-                libc::ETIMEDOUT,
-                format!(
-                    "{}: its servers have not answered for {} s (locks need all of them); attach it when they are back",
-                    params.filename.display(),
-                    2 * limit.as_secs()
-                ),
-            ),
-            _ => error,
-        })??;
+        .map_err(|error| no_answer(error, &params, limit))??;
 
     let description = Description {
         name: reservation.name.clone(),
@@ -183,6 +176,19 @@ fn find(name: &str) -> Result<(Arc<Device>, BdevHandle)> {
     })?
 }
 
+/// What to say when a call took twice `limit`.
+fn no_answer(error: Error, params: &CreateParams, limit: Duration) -> Error {
+    if error.errno != libc::ETIMEDOUT {
+        return error;
+    }
+    let message = format!(
+        "{}: its servers have not answered for {} s (locks need all of them); attach it when they are back",
+        params.filename.display(),
+        2 * limit.as_secs()
+    );
+    Error::new(libc::ETIMEDOUT, message)
+}
+
 /// `bdev_lloop_delete`.
 ///
 /// # Errors
@@ -205,6 +211,9 @@ pub async fn detach(name: &str, force: bool) -> Result<()> {
         ));
     }
     device.run_down();
+    if let (Some(pool), Some(volume)) = (pool(), device.volume_id()) {
+        pool.abandon(volume);
+    }
     let limit = Duration::from_secs(options::current().detach_timeout_s.into());
     let (gone, patience) = (pin!(handle.unregister()), pin!(poller::sleep(limit)));
     match select(gone, patience).await {

@@ -239,6 +239,12 @@ impl CreateParams {
         if self.group_id.is_some() && !matches!(self.lock, None | Some(LockChoice::Group)) {
             return refuse("group_id goes with lock group".into());
         }
+        if self.group_id.is_some() && self.discard == Some(true) {
+            return refuse(
+                "discards would wait for the group lock of the others in the group; leave out discard or group_id"
+                    .into(),
+            );
+        }
         if self.group_id.is_some() && self.lock.is_none() && self.read_only {
             return refuse("a read-only device takes no group lock unless asked for; give lock group as well".into());
         }

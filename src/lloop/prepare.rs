@@ -127,7 +127,7 @@ fn protection(guard: &Guard) -> &'static str {
     match (guard.group(), guard.advisory()) {
         (Some(_), _) => "group",
         (None, None) => "off",
-        (None, Some(Outcome::Held)) if guard.advisory_covers() => "advisory",
+        (None, Some(Outcome::Held)) if !guard.is_of_this_node_only() => "advisory",
         (None, Some(Outcome::Held)) => "advisory, this node only",
         (None, Some(_)) => "none",
     }
@@ -139,6 +139,8 @@ fn choose_engine(params: &CreateParams, file: &DirectFile) -> (&'static str, Str
     let impossible =
         if !u64::from(params.block_size).is_multiple_of(align_bytes) || !params.offset.is_multiple_of(align_bytes) {
             Some(format!("blocks are finer than the file's direct I/O of {align_bytes} bytes"))
+        } else if file.identity().fid.is_some() {
+            Some("fencing and retries on Lustre are the workers'".to_owned())
         } else if let Err(errno) = file.probe_nowait() {
             Some(format!("the file has no non-blocking direct I/O ({})", reason(errno)))
         } else if let Err(errno) = Uring::<Token>::probe() {

@@ -56,7 +56,11 @@ impl Identity {
 
     /// Whether the two are one file.
     pub fn is_same_file(&self, other: &Identity) -> bool {
-        (self.dev, self.ino) == (other.dev, other.ino)
+        match (self.fid, other.fid) {
+            // (Two mounts of one Lustre have two device numbers.)
+            (Some(fid), Some(theirs)) => (self.fs_id, fid) == (other.fs_id, theirs),
+            _ => (self.dev, self.ino) == (other.dev, other.ino),
+        }
     }
 
     /// A UUID that is the same at every attach, on every node that sees the same filesystem id: RFC 9562 version 5 over
@@ -179,7 +183,8 @@ impl DirectFile {
     /// # Errors
     /// The errno of writing back; cached pages that cannot be dropped are none.
     pub fn drop_cache(&self) -> Result<(), i32> {
-        self.sync_data()?;
+        // (An old error, of somebody's writes through the cache, is reported once.)
+        self.sync_data().or_else(|_| self.sync_data())?;
         // SAFETY: a call on an open descriptor, about pages of the kernel's own.
         unsafe { libc::posix_fadvise(self.fd.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
         Ok(())
@@ -263,21 +268,24 @@ impl DirectFile {
         retry_interrupted(|| unsafe { libc::fcntl(fd, libc::F_SETFL, wanted) } as isize).map(drop)
     }
 
-    /// Opens the path anew and puts the result in the place of the descriptor, for whoever uses it. Locks on the old one are gone.
-    /// Nothing may be in flight. Blocks.
+    /// Opens the path anew. Blocks.
     ///
     /// # Errors
     /// ESTALE when the path leads to another file by now; those of [`DirectFile::open`].
-    pub fn reopen(&self) -> Result<()> {
+    pub fn open_again(&self) -> Result<DirectFile> {
         let options = OpenOptions { read_only: self.read_only, allow_any_fs: true };
         let new = DirectFile::open(&self.path, options)?;
-        let same = match (new.identity.fid, self.identity.fid) {
-            (None, None) => new.identity.is_same_file(&self.identity),
-            (new, old) => new == old,
-        };
-        if !same {
+        if !new.identity.is_same_file(&self.identity) {
             return Err(Error::new(libc::ESTALE, format!("{} is another file by now", self.path.display())));
         }
+        Ok(new)
+    }
+
+    /// Puts `new` in the place of the descriptor, for whoever uses it. Locks on the old one are gone with it. Nothing may be in flight.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn take_over(&self, new: &DirectFile) -> Result<()> {
         // SAFETY: both are open; the number stays ours, only what it stands for changes.
         retry_interrupted(|| unsafe { libc::dup3(new.fd.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) } as isize)
             .map(drop)

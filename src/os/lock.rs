@@ -31,12 +31,15 @@ pub enum Standing {
 /// # Errors
 /// The errno of a server that cannot be asked.
 pub fn standing(fd: BorrowedFd<'_>) -> Result<Standing, i32> {
-    let mut lock = whole_file(libc::F_WRLCK);
-    // SAFETY: the descriptor is open and the structure live.
-    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } {
-        0 if lock.l_type == libc::F_UNLCK as libc::c_short => Ok(Standing::Free),
-        0 => Ok(Standing::Taken),
-        _ => Err(errno()),
+    loop {
+        let mut lock = whole_file(libc::F_WRLCK);
+        // SAFETY: the descriptor is open and the structure live.
+        match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } {
+            0 if lock.l_type == libc::F_UNLCK as libc::c_short => return Ok(Standing::Free),
+            0 => return Ok(Standing::Taken),
+            _ if errno() == libc::EINTR => {}
+            _ => return Err(errno()),
+        }
     }
 }
 

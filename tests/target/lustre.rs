@@ -417,3 +417,67 @@ fn lustre_servers_that_hang_do_not_hang_an_attach() {
     until("nothing is left of it", || file.stats()["records_held"] == 0 && file.stats()["groups_held"] == json!([]));
     attach(&target, &file, json!({}));
 }
+
+#[test]
+fn lustre_retries_and_discards_do_not_wait_for_another_ost() {
+    let dir = folder();
+    let file = striped(&dir);
+    let target = start();
+    let name = attach(&target, &file, json!({"discard": true}));
+    let (mut sick, mut nvme) = (target.connect(&name), target.export_again(&name));
+    file.set_faults("hang ost=0");
+    let stuck = sick.start_write(0, &[1; 4096]).unwrap();
+    until("it is on its way", || stats(&target, &name)["calls_running"] == 1);
+    // With nothing else to wake anybody, a write on the other OST that fails at first.
+    file.set_faults("hang ost=0\nerror=108 ost=1 writes times=2");
+    nvme.write(256, &[2; 4096]).unwrap();
+    // An unmap would need all calls to end: it is given up, and the others go on.
+    assert_eq!(nvme.unmap(300, 8), Err(Failed((2, 0x80))));
+    nvme.write(257, &[3; 4096]).unwrap();
+    file.set_faults("");
+    sick.finish(stuck).unwrap().unwrap();
+    nvme.unmap(300, 8).unwrap();
+}
+
+#[test]
+fn lustre_a_fence_stays_until_an_operator_comes() {
+    let dir = folder();
+    let file = striped(&dir);
+    let target = start();
+    let name = attach(&target, &file, json!({"discard": true}));
+    let (mut nvme, mut other) = (target.connect(&name), target.export_again(&name));
+    nvme.write(0, &[1; 4096]).unwrap();
+    // Both locks are lost, and while that is found out more work comes of every kind.
+    file.set_faults("latency_us=50000\nevict_ost=1\nevict_mds=1");
+    let writes: Vec<_> = (0..40u64).map(|i| other.start_write(i * 3, &[2; 4096]).unwrap()).collect();
+    assert!(nvme.unmap(200, 8).is_err());
+    for write in writes {
+        assert!(other.finish(write).unwrap().is_err());
+    }
+    until("it is fenced", || info(&target, &name)["state"] == "fenced");
+    for _ in 0..20 {
+        assert!(nvme.write(0, &[3; 4096]).is_err() && nvme.unmap(200, 8).is_err());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    file.set_faults("evict_ost=1\nevict_mds=1");
+    assert_eq!(info(&target, &name)["state"], "fenced");
+    target.ok("bdev_lloop_resume", json!({"name": name}));
+    nvme.write(0, &[4; 4096]).unwrap();
+    nvme.unmap(200, 8).unwrap();
+    assert_eq!(file.stats()["unprotected_ios"], 0);
+}
+
+#[test]
+fn lustre_a_fenced_device_can_be_detached() {
+    let dir = folder();
+    let file = striped(&dir);
+    let target = start();
+    let name = attach(&target, &file, json!({}));
+    let mut nvme = target.connect(&name);
+    file.set_faults("evict_ost=1\nevict_mds=1");
+    assert!(nvme.write(1, &[2; 4096]).is_err());
+    until("it is fenced", || info(&target, &name)["state"] == "fenced");
+    target.ok("bdev_lloop_delete", json!({"name": name, "force": true}));
+    until("its locks are gone", || file.stats()["groups_held"] == json!([]) && file.stats()["records_held"] == 0);
+    attach(&target, &file, json!({}));
+}
