@@ -152,7 +152,7 @@ impl Guard {
 
     /// Whether unmaps are gathered and done in batches.
     pub fn gathers_discards(&self) -> bool {
-        self.options.group.is_some() && self.options.discards
+        self.options.group.is_some() && self.options.discards && self.advisory == Some(Outcome::Held)
     }
 
     /// Whether a server may lose a lock of this guard without anybody noticing.
@@ -207,7 +207,30 @@ impl Guard {
 
     /// Whether the group lock is still there: a direct read says ENOLCK where it is not. Blocks.
     fn group_is_held(&self, file: &DirectFile) -> bool {
-        self.options.group.is_some() && !matches!(file.trial_read(), Err(libc::ENOLCK))
+        // What was in flight in an eviction says EIO; the next one tells.
+        let mut answer = file.trial_read();
+        for _ in 0..3 {
+            if matches!(answer, Ok(()) | Err(libc::ENOLCK)) {
+                break;
+            }
+            answer = file.trial_read();
+        }
+        self.options.group.is_some() && answer != Err(libc::ENOLCK)
+    }
+
+    /// That the advisory lock is held, and was all the time. Blocks.
+    ///
+    /// # Errors
+    /// Why nobody can say that others were kept out, for people.
+    fn advisory_kept_others_out(&self, file: &DirectFile) -> Result<(), String> {
+        if self.advisory != Some(Outcome::Held) {
+            return Err("there is no advisory lock that would have kept others out meanwhile".into());
+        }
+        match self.advisory_is_held(file) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("the advisory lock is lost as well".into()),
+            Err(errno) => Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
+        }
     }
 
     /// Takes the group lock again after a call has said ENOLCK. No I/O is in flight, and none starts. Blocks.
@@ -216,15 +239,10 @@ impl Guard {
     /// Why the volume has to be fenced, for people.
     pub(super) fn regain_group(&self, file: &DirectFile) -> Result<(), String> {
         self.set_standing(Standing::Recovering);
-        match self.advisory {
-            Some(Outcome::Held) => match self.advisory_is_held(file) {
-                Ok(true) => {}
-                Ok(false) => return Err("the advisory lock is lost as well".into()),
-                Err(errno) => return Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
-            },
-            _ => return Err("there is no advisory lock that would have kept others out meanwhile".into()),
-        }
-        self.relock_group(file, true)
+        self.advisory_kept_others_out(file)?;
+        self.relock_group(file, true)?;
+        // (It may have been lost between the two.)
+        self.advisory_kept_others_out(file)
     }
 
     /// Takes the advisory lock again after it was seen to be gone. No I/O is in flight, and none starts. Blocks.
@@ -237,32 +255,71 @@ impl Guard {
             return Err("no group lock was held that would have kept others out meanwhile".into());
         }
         match self.retake_advisory(file) {
-            Ok(true) => Ok(()),
+            Ok(true) if self.group_is_held(file) => Ok(()),
+            Ok(true) => Err("the group lock was lost before it was there again".into()),
             Ok(false) => Err("somebody else has taken it".into()),
             Err(errno) => Err(format!("it cannot be taken again: {}", reason(errno))),
         }
     }
 
     /// Lets go of the group lock for a moment, for what waits for ever under it. No I/O is in flight, and none starts. The advisory
-    /// lock stays. Blocks.
+    /// lock keeps others out meanwhile. Blocks.
     ///
     /// # Errors
-    /// Why the volume has to be fenced, for people; `work` may have been done.
+    /// Why the volume has to be fenced, for people; `work` may have been done, or not.
     pub fn without_group(&self, file: &DirectFile, work: impl FnOnce()) -> Result<(), String> {
         let Some(gid) = self.options.group else {
             work();
             return Ok(());
         };
+        // An eviction that nobody has noticed yet: as long as the group lock is held nothing is lost.
+        if self.advisory_kept_others_out(file).is_err() {
+            self.regain_advisory(file)?;
+            self.recovered(file);
+        }
         // (EINVAL: lost already; it is taken again below.)
         match group::group_unlock(file.as_fd(), gid) {
             Ok(()) | Err(libc::EINVAL) => {}
             Err(errno) => return Err(format!("the group lock cannot be given back: {}", reason(errno))),
         }
         work();
-        self.relock_group(file, false)
+        self.relock_group(file, false)?;
+        self.advisory_kept_others_out(file)
     }
 
-    /// Everything anew: for an operator, and for a file that was opened again. Blocks.
+    /// Opens a stale file again, with its locks: the new descriptor has the group lock before the old one, and the advisory lock with
+    /// it, goes. No I/O is in flight, and none starts. Blocks.
+    ///
+    /// # Errors
+    /// Why the volume has to be fenced, for people.
+    pub(super) fn reopen(&self, file: &DirectFile) -> Result<(), String> {
+        self.set_standing(Standing::Recovering);
+        let advisory = self.advisory == Some(Outcome::Held);
+        if advisory {
+            self.advisory_kept_others_out(file)?;
+        }
+        let new = file.open_again().map_err(|e| e.message)?;
+        self.relock_group(&new, false)?;
+        let version = group::data_version(new.as_fd());
+        file.replace_by(new).map_err(|e| e.message)?;
+        if advisory {
+            match self.retake_advisory(file) {
+                Ok(true) => {}
+                Ok(false) => return Err("somebody else has taken the advisory lock".into()),
+                Err(errno) => return Err(format!("the advisory lock cannot be taken again: {}", reason(errno))),
+            }
+            if self.options.group.is_some() && !self.group_is_held(file) {
+                return Err("the group lock was lost before the advisory lock was there again".into());
+            }
+            // Without a group lock there was a moment without any. Who has been in and has written left that trace.
+            if self.options.group.is_none() && group::data_version(file.as_fd()) != version {
+                return Err("somebody wrote to it while it had no lock".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything anew, for an operator. Blocks.
     ///
     /// # Errors
     /// Who or what is in the way, for people.

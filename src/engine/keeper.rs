@@ -159,6 +159,9 @@ impl<T: Send + 'static> Shared<T> {
         // (When the others' retries are due is for the supervisor to know.)
         let _ = sched.revive(clock::now());
         let ready = sched.has_ready();
+        if sched.is_troubled() {
+            self.attention.notify_one();
+        }
         drop(sched);
         self.new_retries.store(true, Ordering::SeqCst);
         self.supervise.notify_one();
@@ -171,11 +174,13 @@ impl<T: Send + 'static> Shared<T> {
     fn mend(&self, id: u32, target: &Target, trouble: Trouble) {
         let (file, guard) = (target.file(), target.guard());
         let shown = file.path().display();
+        // (Fenced while this errand waited for its turn: whatever waited with it has its answer.)
+        if guard.standing() == Standing::Fenced {
+            return;
+        }
         if trouble.stale {
             self.hold_and_drain(id);
-            guard.set_standing(Standing::Recovering);
-            let reopened = file.reopen().map_err(|e| e.message).and_then(|()| guard.retake_all(file));
-            return self.settle(id, target, "its descriptor went stale", reopened);
+            return self.settle(id, target, "its descriptor went stale", guard.reopen(file));
         }
         if trouble.lock_lost {
             tracing::warn!("{shown}: the group lock is lost (evicted by a server?); taking it again");
@@ -187,6 +192,8 @@ impl<T: Send + 'static> Shared<T> {
             std::thread::sleep(GATHER);
             self.hold_and_drain(id);
             let mut requests = self.sched().take_discards(id);
+            // (What is not even tried fails as all the rest will.)
+            requests.iter_mut().for_each(|request| request.conclude(Err(libc::ENOLCK)));
             let done = guard.without_group(file, || discard(target, &mut requests));
             answer(&self.ports(), requests);
             match done {

@@ -384,8 +384,11 @@ impl<T> Sched<T> {
     pub fn release(&mut self, id: u32) {
         let Some(volume) = self.volume_mut(id) else { return };
         (volume.held, volume.failing) = (false, None);
-        (volume.trouble.lock_lost, volume.trouble.stale) = (false, false);
+        // What was gathered meanwhile was left for later.
+        volume.trouble = Trouble { discards: !volume.discards.is_empty(), ..Trouble::default() };
+        let discards = volume.trouble.discards;
         volume.retries.iter_mut().for_each(|request| request.due = 0);
+        self.troubled |= discards;
         self.enlist_all(id);
     }
 

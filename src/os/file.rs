@@ -344,12 +344,11 @@ impl DirectFile {
         retry_interrupted(|| unsafe { libc::fcntl(fd, libc::F_SETFL, wanted) } as isize).map(drop)
     }
 
-    /// Opens the path anew and puts the result in the place of the descriptor, for whoever uses it. Locks on the old one are gone.
-    /// Nothing may be in flight. Blocks.
+    /// Opens the path anew. Blocks.
     ///
     /// # Errors
     /// ESTALE when the path leads to another file by now; those of [`DirectFile::open`].
-    pub fn reopen(&self) -> Result<()> {
+    pub fn open_again(&self) -> Result<DirectFile> {
         let options = OpenOptions { read_only: self.read_only, allow_any_fs: true };
         let new = DirectFile::open(&self.path, options)?;
         let same = match (new.identity.fid, self.identity.fid) {
@@ -359,6 +358,15 @@ impl DirectFile {
         if !same {
             return Err(Error::new(libc::ESTALE, format!("{} is another file by now", self.path.display())));
         }
+        Ok(new)
+    }
+
+    /// Puts what [`DirectFile::open_again`] has opened in the place of the descriptor, for whoever uses it; its locks come along, those
+    /// on the old one are gone. Nothing may be in flight. Blocks.
+    ///
+    /// # Errors
+    /// The system's errno.
+    pub fn replace_by(&self, new: DirectFile) -> Result<()> {
         // SAFETY: both are open; the number stays ours, only what it stands for changes.
         retry_interrupted(|| unsafe { libc::dup3(new.fd.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) } as isize)
             .map(drop)
