@@ -295,10 +295,13 @@ impl Guard {
             return Ok(());
         };
         // Giving a lost lock back succeeds as well: whether it was lost, and others may have been in, has to be known before.
-        if self.group_is_held(file) {
-            self.vouch(file)?;
-        } else {
+        if !self.group_is_held(file) {
             self.relock_vouched(file)?;
+        } else if self.vouch(file).is_err() {
+            // An eviction that nobody has noticed yet: the group lock has kept others out.
+            self.regain_advisory(file)?;
+            self.recovered(file);
+            self.vouch(file)?;
         }
         match group::group_unlock(file.as_fd(), gid) {
             Ok(()) => {}

@@ -217,6 +217,9 @@ impl<T: Send + 'static> Shared<T> {
         // (When the others' retries are due is for the supervisor to know.)
         let _ = sched.revive(clock::now());
         let ready = sched.has_ready();
+        if sched.is_troubled() {
+            self.attention.notify_one();
+        }
         drop(sched);
         self.new_retries.store(true, Ordering::SeqCst);
         self.supervise.notify_one();

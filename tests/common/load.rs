@@ -28,9 +28,10 @@ pub struct Load {
     pub done: u64,
 }
 
-const BLOCK: usize = 4096;
+pub const BLOCK: usize = 4096;
 
-fn content(seed: u64) -> [u8; BLOCK] {
+/// A block's content by its seed.
+pub fn content(seed: u64) -> [u8; BLOCK] {
     let mut block = [0; BLOCK];
     if seed != 0 {
         for (i, word) in block.chunks_exact_mut(8).enumerate() {

@@ -211,6 +211,29 @@ impl Nvme {
         self.io.send(sqe, Vec::new(), false, 0).map(InFlight)
     }
 
+    /// Starts a read; [`Nvme::finish_read`] has what it read.
+    pub fn start_read(&mut self, lba: u64, blocks: usize) -> std::io::Result<InFlight> {
+        let sqe = self.command(0x02, lba, blocks);
+        self.io.send(sqe, Vec::new(), false, blocks * self.block_bytes).map(InFlight)
+    }
+
+    /// Starts to deallocate blocks.
+    pub fn start_unmap(&mut self, lba: u64, blocks: usize) -> std::io::Result<InFlight> {
+        let mut sqe = sqe(0x09);
+        put(&mut sqe, 4, &1u32.to_le_bytes());
+        put(&mut sqe, 44, &4u32.to_le_bytes());
+        let mut range = vec![0; 16];
+        put(&mut range, 4, &(blocks as u32).to_le_bytes());
+        put(&mut range, 8, &lba.to_le_bytes());
+        self.io.send(sqe, range, true, 0).map(InFlight)
+    }
+
+    /// Waits for a read; an I/O error when the connection is gone.
+    pub fn finish_read(&mut self, command: InFlight) -> std::io::Result<Result<Vec<u8>, Failed>> {
+        let (status, _, data) = self.io.wait(command.0)?;
+        Ok(if status == (0, 0) { Ok(data) } else { Err(Failed(status)) })
+    }
+
     /// Waits for a command; an I/O error when the connection is gone.
     pub fn finish(&mut self, command: InFlight) -> std::io::Result<Result<(), Failed>> {
         let (status, _, _) = self.io.wait(command.0)?;
@@ -225,9 +248,8 @@ impl Nvme {
 
     /// Reads whole blocks.
     pub fn read(&mut self, lba: u64, blocks: usize) -> Result<Vec<u8>, Failed> {
-        let sqe = self.command(0x02, lba, blocks);
-        let cid = self.io.send(sqe, Vec::new(), false, blocks * self.block_bytes).expect("the connection holds");
-        self.done(cid)
+        let command = self.start_read(lba, blocks).expect("the connection holds");
+        self.done(command.0)
     }
 
     /// Makes what was written durable.
@@ -245,13 +267,7 @@ impl Nvme {
 
     /// Deallocates blocks.
     pub fn unmap(&mut self, lba: u64, blocks: usize) -> Result<(), Failed> {
-        let mut sqe = sqe(0x09);
-        put(&mut sqe, 4, &1u32.to_le_bytes());
-        put(&mut sqe, 44, &4u32.to_le_bytes());
-        let mut range = vec![0; 16];
-        put(&mut range, 4, &(blocks as u32).to_le_bytes());
-        put(&mut range, 8, &lba.to_le_bytes());
-        let cid = self.io.send(sqe, range, true, 0).expect("the connection holds");
-        self.done(cid).map(drop)
+        let command = self.start_unmap(lba, blocks).expect("the connection holds");
+        self.done(command.0).map(drop)
     }
 }

@@ -72,14 +72,20 @@ impl SlowFs {
         if evicted { Err(Errno::EIO) } else { Ok(()) }
     }
 
-    fn fallocate(&self, ino: INodeNo, pid: u32, (offset, length): (u64, u64), mode: i32) -> Result<(), Errno> {
+    fn fallocate(
+        &self,
+        ino: INodeNo,
+        (pid, handle): (u32, u64),
+        (offset, length): (u64, u64),
+        mode: i32,
+    ) -> Result<(), Errno> {
         let node = self.node(ino)?;
         let mut counted = false;
         // It waits for group locks, and be it the caller's own: for ever, then.
         self.wait(&node, pid, |state| {
             if !std::mem::replace(&mut counted, true) {
                 state.counters.fallocates += 1;
-                state.counters.fallocates_under_group_lock += u64::from(state.groups.is_held());
+                state.counters.fallocates_under_group_lock += u64::from(state.groups.holds(handle));
             }
             (!state.groups.is_held()).then_some(Ok(()))
         })?;
@@ -247,13 +253,13 @@ impl Filesystem for SlowFs {
         &self,
         request: &Request,
         ino: INodeNo,
-        _: FileHandle,
+        handle: FileHandle,
         offset: u64,
         length: u64,
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        reply_empty(reply, SlowFs::fallocate(self, ino, request.pid(), (offset, length), mode));
+        reply_empty(reply, SlowFs::fallocate(self, ino, (request.pid(), handle.0), (offset, length), mode));
     }
 
     fn flush(&self, _: &Request, ino: INodeNo, _: FileHandle, owner: LockOwner, reply: ReplyEmpty) {

@@ -67,6 +67,11 @@ impl Groups {
         self.holders.get(&handle) == Some(&gid)
     }
 
+    /// Whether this one has a lock.
+    pub fn holds(&self, handle: Handle) -> bool {
+        self.holders.contains_key(&handle)
+    }
+
     /// Had a lock, and goes on without one.
     pub fn is_unprotected(&self, handle: Handle) -> bool {
         self.ever.contains(&handle) && !self.holders.contains_key(&handle)

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Random faults in the middle of random I/O, on the tests' stand-in for Lustre: evictions, hanging and failing servers, stale
+# descriptors, full disks, resets, broken connections, detaching and attaching. Ends with everything checked: contents, locks, leaks.
+# scripts/test.sh does the same for a minute.
+#
+# usage: soak.sh [--seconds N] [--seed N]
+#   --seconds N   how long (default 1200)
+#   --seed N      repeats the faults and the I/O of the run that printed it, as far as time lets it
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+seconds=1200
+while [ $# -gt 0 ]; do
+	case $1 in
+	--seconds | --seed)
+		[[ ${2:-} =~ ^[0-9]+$ ]] || die "$1 wants a number"
+		if [ "$1" = --seed ]; then export LLOOP_SOAK_SEED=$2; else seconds=$2; fi
+		shift
+		;;
+	-h | --help)
+		help
+		exit 0
+		;;
+	*) die "unknown option $1" "see $0 --help" ;;
+	esac
+	shift
+done
+export LLOOP_SOAK_SECONDS=$seconds RUST_TEST_NOCAPTURE=1
+exec "$LLOOP_ROOT/scripts/test.sh" soak_random_faults
