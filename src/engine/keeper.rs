@@ -38,8 +38,10 @@ impl Default for Care {
 const TICK: Duration = Duration::from_millis(500);
 /// How long discards are gathered.
 const GATHER: Duration = Duration::from_millis(20);
-/// How long discards have a device wait for its last calls.
-const DRAIN: Duration = Duration::from_secs(2);
+/// How long a device is held for a discard before it goes on without; and a call that is older is not waited for at all.
+const DRAIN: Duration = Duration::from_millis(200);
+/// When such a discard is tried again.
+const POSTPONE: Duration = Duration::from_secs(1);
 /// How long an operator waits for an errand.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -239,6 +241,9 @@ impl<T: Send + 'static> Shared<T> {
         let urgent = trouble.stale || trouble.lock_lost;
         if !urgent {
             std::thread::sleep(GATHER);
+            if self.has_stuck_call(id) {
+                return self.postpone(id);
+            }
         }
         let drained = self.hold_and_drain_within(id, if urgent { Duration::MAX } else { DRAIN });
         // What the last calls have said is for this errand, too.
@@ -257,13 +262,13 @@ impl<T: Send + 'static> Shared<T> {
             return self.settle(id, target, "the group lock was lost", regained);
         }
         if trouble.discards {
-            let mut requests = self.sched().take_discards(id);
-            // What is not done is not reported as done. And a call that hangs must not stop the whole device for a discard.
-            requests.iter_mut().for_each(|request| request.conclude(Err(libc::EIO)));
             if !drained {
-                answer(&self.ports(), requests);
-                return self.go_on(id);
+                self.go_on(id);
+                return self.postpone(id);
             }
+            let mut requests = self.sched().take_discards(id);
+            // What is not done is not reported as done.
+            requests.iter_mut().for_each(|request| request.conclude(Err(libc::EIO)));
             let done = guard.without_group(file, || discard(target, &mut requests));
             answer(&self.ports(), requests);
             match done {
@@ -271,6 +276,30 @@ impl<T: Send + 'static> Shared<T> {
                 Err(why) => self.settle(id, target, "the group lock was let go of for a discard", Err(why)),
             }
         }
+    }
+
+    /// Whether a call on a volume takes long: a discard, which needs all of them to end, had better wait for that elsewhere.
+    fn has_stuck_call(&self, id: u32) -> bool {
+        let limit = clock::to_ticks(DRAIN);
+        let now = clock::now();
+        self.busy.iter().filter_map(|busy| busy.started_on(id)).any(|started| now.saturating_sub(started) > limit)
+    }
+
+    /// Leaves the discards for later: a server that hangs has everything wait that needs it, and nothing else.
+    fn postpone(&self, id: u32) {
+        let start = Instant::now();
+        // (Whatever is more urgent has this errand end.)
+        while start.elapsed() < POSTPONE && !self.stopping() {
+            let (trouble, is_open) = {
+                let sched = self.sched();
+                (sched.trouble(id), sched.is_open(id))
+            };
+            if trouble.lock_lost || trouble.stale || !is_open {
+                break;
+            }
+            std::thread::sleep(GATHER);
+        }
+        self.sched().put_back(id, Trouble { discards: true, ..Trouble::default() });
     }
 
     /// Goes on with a volume that was held, or fences it.

@@ -488,6 +488,12 @@ impl<T> Sched<T> {
         self.troubled = true;
     }
 
+    /// Whether a volume is there, and not on its way out.
+    pub fn is_open(&self, id: u32) -> bool {
+        let volume = self.volumes.get(id as usize).and_then(Option::as_ref);
+        volume.is_some_and(|volume| !volume.closing && !volume.abandoned)
+    }
+
     /// Every volume's file.
     pub fn targets(&self) -> Vec<(u32, Arc<Target>)> {
         let volumes = self.volumes.iter().enumerate();

@@ -431,12 +431,17 @@ fn lustre_retries_and_discards_do_not_wait_for_another_ost() {
     // With nothing else to wake anybody, a write on the other OST that fails at first.
     file.set_faults("hang ost=0\nerror=108 ost=1 writes times=2");
     nvme.write(256, &[2; 4096]).unwrap();
-    // An unmap would need all calls to end: it is given up, and the others go on.
-    assert_eq!(nvme.unmap(300, 8), Err(Failed((2, 0x80))));
-    nvme.write(257, &[3; 4096]).unwrap();
+    // An unmap needs all calls to end: it waits, and the others go on.
+    let unmap = nvme.start_unmap(300, 8).unwrap();
+    let before = file.stats()["group_unlocks"].clone();
+    for i in 0..200u64 {
+        nvme.write(257 + i % 20, &[3; 4096]).unwrap();
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(file.stats()["group_unlocks"], before);
     file.set_faults("");
     sick.finish(stuck).unwrap().unwrap();
-    nvme.unmap(300, 8).unwrap();
+    nvme.finish(unmap).unwrap().unwrap();
 }
 
 #[test]
