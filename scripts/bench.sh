@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Measures lloop beside its rivals, interleaved in one run on one machine, compares that with what is demanded, and draws it.
 #
-# usage: bench.sh [--quick] [--out DIR] | --docs
-#   --quick    one round of fewer cases and rivals (some 3 minutes) instead of three rounds (some 15)
-#   --out DIR  where the results go (default bench-results; with --quick bench-results/quick)
-#   --docs     only write the tables of docs/performance.md anew, as a whole run does: from bench-results/results-*.json
+# usage: bench.sh [--quick] [--only GROUP]... [--out DIR] | --docs
+#   --quick       one round of fewer cases and rivals (some 3 minutes) instead of three rounds (some 15)
+#   --only GROUP  only these cases: unwritten, written, sequential, slow, many or gaps
+#   --out DIR     where the results go (default bench-results; with --quick or --only bench-results/quick)
+#   --docs        only write the tables of docs/performance.md anew, as a whole run does: from bench-results/results-*.json
 #
 # Nothing else should run meanwhile. Needs root, 2 processors, some 5 GiB of disk below the build folder, and /dev/fuse.
 # SPDK_DIR chooses SPDK, as for every script; the results are named by its version.

@@ -41,7 +41,7 @@ def judge(results):
         ratio("neighbour", "beside lloop/threads", "alone, fio on the slow file elsewhere"))
     key, name = "gaps lloop/threads", "lloop/threads"
     idle = get(key, name + " idle", "gap_us")
-    for fault in ("no fault", "1 ms more", "short transfers", "EIO at times", "hangs for 1 s"):
+    for fault in ("1 ms more", "20 ms more", "short transfers", "EIO", "hangs for 1 s"):
         gap = get(key, "%s, %s" % (name, fault), "gap_us")
         bar("longest gap of the reactor: threads, " + fault, "idle", 1.0, (gap - idle) / MS if gap and idle else None, True, "ms more")
     for engine in ("uring", "threads"):

@@ -23,16 +23,23 @@ def number(value, digits=None):
 COLUMNS = (("IOPS", "iops", 11, 0), ("MiB/s", "mib_per_s", 8, 0), ("mean us", "mean_us", 8, None), ("p50", "p50_us", 8, None),
            ("p99", "p99_us", 8, None), ("p99.9", "p999_us", 9, None), ("CPU us", "cpu_us_per_io", 7, None), ("gap us", "gap_us", 9, None),
            ("ratio", "ratio", 6, 2))
+GAP_COLUMNS = (("gap us", "gap_us", 11, 0), ("longest", "gap_max_us", 11, 0), ("over 1 ms", "gaps_over_1ms", 9, 0), ("slept", "slept", 7, 0),
+               ("put off", "put_off", 7, 0), ("IOPS", "iops", 9, 0))
+
+
+def columns_of(group):
+    return GAP_COLUMNS if group == "gaps" else COLUMNS
 
 
 def show(case):
+    columns = columns_of(case["group"])
     print("\n%s" % case["case"])
-    print("  %-38s" % "" + " ".join(title.rjust(width) for title, _, width, _ in COLUMNS) + "   spread")
+    print("  %-38s" % "" + " ".join(title.rjust(width) for title, _, width, _ in columns) + "   spread")
     for row in case["rows"]:
         if "failed" in row:
             print("  %-38scannot: %s" % (row["competitor"], row["failed"][:120]))
             continue
-        cells = " ".join(number(row.get(what), digits).rjust(width) for _, what, width, digits in COLUMNS)
+        cells = " ".join(number(row.get(what), digits).rjust(width) for _, what, width, digits in columns)
         spread = "%s to %s" % (number(row["iops_min"], 0), number(row["iops_max"], 0)) if "iops_min" in row else ""
         print("  %-38s%s   %s" % (row["competitor"], cells, spread))
     if case["note"]:
@@ -92,7 +99,7 @@ def save(figure, base, title, report):
     figure.text(0.01, 0.004, headline(report), fontsize=7, color="#555555")
     figure.tight_layout(rect=(0, 0.012, 1, 0.99))
     for ending in ("svg", "png"):
-        figure.savefig(base + "." + ending, dpi=110, metadata={"Date": None} if ending == "svg" else None)
+        figure.savefig(base + "." + ending, dpi=110, bbox_inches="tight", metadata={"Date": None} if ending == "svg" else None)
     return [base + ".svg", base + ".png"]
 
 
@@ -206,16 +213,17 @@ def bars_in_words(report):
 
 def cases_in_words(report, group):
     found = []
+    columns = columns_of(group)
     for case in report["cases"]:
         if case["group"] != group:
             continue
         lines = []
         for row in case["rows"]:
             if "failed" in row:
-                lines.append((row["competitor"], "cannot") + ("",) * (len(COLUMNS) - 1))
+                lines.append((row["competitor"], "cannot") + ("",) * (len(columns) - 1))
             else:
-                lines.append((row["competitor"],) + tuple(number(row.get(what), digits) for _, what, _, digits in COLUMNS))
-        titles = ("",) + tuple("x %s" % case["baseline"] if what == "ratio" else title for title, what, _, _ in COLUMNS)
+                lines.append((row["competitor"],) + tuple(number(row.get(what), digits) for _, what, _, digits in columns))
+        titles = ("",) + tuple("x %s" % case["baseline"] if what == "ratio" else title for title, what, _, _ in columns)
         found.append("**%s**%s\n\n%s" % (case["case"], " (%s)" % case["note"] if case["note"] else "", table(titles, lines)))
     return "\n\n".join(found)
 
