@@ -55,7 +55,7 @@ def show_bars(bars):
     print("\nthe bars")
     for bar in bars:
         sign = "<=" if bar["at_most"] else ">="
-        print("  %-66s %-38s %s %5s, is %8s %-7s %s" % (bar["work"], "of " + bar["of"], sign, bar["wanted"], number(bar["measured"], 2),
+        print("  %-66s %-38s %s %5s, is %8s %-7s %s" % (bar["work"], "of " + bar["of"], sign, bar["wanted"], number(bar["measured"], 3),
                                                        bar["unit"], verdict(bar)))
     known = [bar for bar in bars if bar["met"] is not None]
     print("  %d of %d met" % (sum(bar["met"] for bar in known), len(known)))
@@ -186,7 +186,7 @@ def chart_bars(report, base):
     for place, bar in enumerate(bars):
         part = bar["wanted"] / max(bar["measured"], 0.05) if bar["at_most"] else bar["measured"] / bar["wanted"]
         axis.barh(place, min(part, 2.5), color="#3a8f5c" if bar["met"] else "#c0504d")
-        axis.text(min(part, 2.5), place, "  %s %s, %s %s wanted" % (number(bar["measured"], 2), bar["unit"],
+        axis.text(min(part, 2.5), place, "  %s %s, %s %s wanted" % (number(bar["measured"], 3), bar["unit"],
                                                                   "at most" if bar["at_most"] else "at least", bar["wanted"]),
                   va="center", fontsize=7)
     axis.axvline(1, color="black", lw=1)
@@ -207,7 +207,7 @@ def table(titles, lines):
 
 def bars_in_words(report):
     lines = [(bar["work"], bar["of"], "%s %s %s" % ("at most" if bar["at_most"] else "at least", bar["wanted"], bar["unit"]),
-              number(bar["measured"], 2), {True: "yes", False: "**no**", None: "not measured"}[bar["met"]]) for bar in report["bars"]]
+              number(bar["measured"], 3), {True: "yes", False: "**no**", None: "not measured"}[bar["met"]]) for bar in report["bars"]]
     return table(("work", "of", "wanted", "measured", "met"), lines)
 
 
