@@ -1,19 +1,30 @@
 #!/usr/bin/env bash
-# Measures lloop beside its rivals, interleaved in one run on one machine, and draws what came out.
+# Measures lloop beside its rivals, interleaved in one run on one machine, compares that with what is demanded, and draws it.
 #
-# usage: bench.sh [--quick] [--out DIR]
-#   --quick    one round of one second each (some 3 minutes) instead of three of two seconds
-#   --out DIR  where the results go (default bench-results)
+# usage: bench.sh [--quick] [--only GROUP]... [--out DIR] | --docs
+#   --quick       one round of fewer cases and rivals (some 3 minutes) instead of three rounds (some 15)
+#   --only GROUP  only these cases: unwritten, written, sequential, slow, many or gaps
+#   --out DIR     where the results go (default bench-results; with --quick or --only bench-results/quick)
+#   --docs        only write the tables of docs/performance.md anew, as a whole run does: from bench-results/results-*.json
 #
-# Nothing else should run meanwhile. Needs some 8 GiB of disk below the build folder, and fio.
+# Nothing else should run meanwhile. Needs root, 2 processors, some 5 GiB of disk below the build folder, and /dev/fuse.
+# SPDK_DIR chooses SPDK, as for every script; the results are named by its version.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$LLOOP_ROOT"
 
+for option in "$@"; do
+	case $option in
+	-h | --help)
+		help
+		exit 0
+		;;
+	--docs) exec python3 scripts/bench.py --docs ;;
+	esac
+done
 scripts/setup.sh --tests
 SPDK_DIR=$(scripts/spdk.sh)
 export SPDK_DIR
-command -v fio >/dev/null || quietly "installing fio" "$LLOOP_CACHE/apt.log" apt-get -q install -y --no-install-recommends fio
 quietly "building the slow filesystem" "$CARGO_TARGET_DIR/build.log" cargo build --release --locked --example slowfs
 venv=$LLOOP_CACHE/bench-venv
 if ! "$venv/bin/python" -c 'import matplotlib' 2>/dev/null; then
@@ -21,5 +32,10 @@ if ! "$venv/bin/python" -c 'import matplotlib' 2>/dev/null; then
 	quietly "installing matplotlib for the charts" "$LLOOP_CACHE/pypi.log" \
 		sh -c '/usr/bin/python3 -m venv "$1" && "$1/bin/pip" --disable-pip-version-check install matplotlib' sh "$venv"
 fi
-exec "$venv/bin/python" scripts/bench.py --apps "$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$SPDK_DIR")" \
-	--slowfs "$CARGO_TARGET_DIR/release/examples/slowfs" --work "$CARGO_TARGET_DIR/bench" --spdk "$(spdk_version "$SPDK_DIR")" "$@"
+version=$(spdk_version "$SPDK_DIR")
+# The files are on the disk below the build folder; no two runs on one machine measure anything.
+mkdir -p "$CARGO_TARGET_DIR"
+exec 8>/tmp/lloop-bench.lock
+flock -n 8 || die "another benchmark is running on this machine" "wait until it has ended"
+"$venv/bin/python" scripts/bench.py --apps "$CARGO_TARGET_DIR/spdk-apps/$version" --slowfs "$CARGO_TARGET_DIR/release/examples/slowfs" \
+	--t-io-uring "$(scripts/fio-uring.sh)" --work "$CARGO_TARGET_DIR/bench" --spdk "$version" "$@" 8>&-
