@@ -163,8 +163,7 @@ impl<T: Send + 'static> Shared<T> {
             self.attention.notify_one();
         }
         drop(sched);
-        self.new_retries.store(true, Ordering::SeqCst);
-        self.supervise.notify_one();
+        self.summons.tell_of_retries();
         if ready {
             self.ready.store(true, Ordering::Relaxed);
             self.wake_one();

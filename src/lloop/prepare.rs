@@ -50,7 +50,7 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
     // Under a group lock fallocate would wait for that lock for ever, so a probe needs to let go of it; and it is worth that only to
     // somebody who has asked for discards.
     let mut can_punch = false;
-    if params.discard.unwrap_or(!guard.holds_group()) {
+    if params.discard.unwrap_or(!guard.holds_group()) && (!guard.holds_group() || guard.gathers_discards()) {
         let probed = guard.without_group(&file, || can_punch = file.can_punch());
         probed.map_err(|why| Error::new(libc::EBUSY, format!("{shown}: {why}")))?;
     }
