@@ -183,6 +183,8 @@ fn go_wrong(soak: &Soak, mut random: Random, end: Instant) -> BTreeMap<&'static 
             6 => {
                 soak.file.set_faults(&format!("hang ost={ost}"));
                 pause(&mut random, 4000);
+                // (An attach may wait for them, and this thread for the attach.)
+                soak.file.set_faults("");
                 "hanging servers"
             }
             7 => {
