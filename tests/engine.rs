@@ -460,7 +460,6 @@ fn against_a_model_that_ends(make: Make, steps: Vec<Step>, end_bytes: u64) {
 fn random_io_agrees_with_the_model_when_transfers_are_short_and_fail() {
     let dir = directory();
     let slow = SlowFile::new(dir.path(), 1 << 20);
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(30));
     let faulty = prop::collection::vec((step(), 0u8..10), 1..60);
     for block_bytes in [4096, 512] {
         let failed = std::cell::Cell::new(0);
@@ -469,6 +468,7 @@ fn random_io_agrees_with_the_model_when_transfers_are_short_and_fail() {
             failed.set(failed.get() + against_a_model_with_faults(&steps, &slow, block_bytes));
             Ok(())
         };
+        let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(30));
         runner.run(&faulty, run).unwrap();
         assert!(failed.get() > 0, "nothing has failed");
     }

@@ -30,11 +30,11 @@ struct Excuse(AtomicU64);
 
 impl Excuse {
     fn begin(&self) {
-        assert!(self.0.fetch_add(1, Ordering::SeqCst) % 2 == 0);
+        assert!(self.0.fetch_add(1, Ordering::SeqCst).is_multiple_of(2));
     }
 
     fn end(&self) {
-        assert!(self.0.fetch_add(1, Ordering::SeqCst) % 2 == 1);
+        assert!(!self.0.fetch_add(1, Ordering::SeqCst).is_multiple_of(2));
     }
 
     /// To be asked for before something that may need an excuse.
@@ -44,7 +44,7 @@ impl Excuse {
 
     /// Whether there was one at any time since.
     fn there_was_one(&self, since: u64) -> bool {
-        since % 2 == 1 || self.now() != since
+        !since.is_multiple_of(2) || self.now() != since
     }
 }
 
