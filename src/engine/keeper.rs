@@ -223,8 +223,7 @@ impl<T: Send + 'static> Shared<T> {
             self.attention.notify_one();
         }
         drop(sched);
-        self.new_retries.store(true, Ordering::SeqCst);
-        self.supervise.notify_one();
+        self.summons.tell_of_retries();
         if ready {
             self.ready.store(true, Ordering::Relaxed);
             self.wake_one();
@@ -339,7 +338,7 @@ impl<T: Send + 'static> Shared<T> {
                     );
                     self.hold_and_drain(id);
                     let regained = guard.regain_advisory(file);
-                    return self.settle(id, target, "the advisory lock was lost", regained);
+                    self.settle(id, target, "the advisory lock was lost", regained);
                 }
                 Err(errno) => tracing::warn!("{shown}: asking for its lock: {}; asking again later", reason(errno)),
             }

@@ -15,19 +15,14 @@ impl<T: Send + 'static> Shared<T> {
         let (mut picks_seen, mut sign) = (0, clock::now());
         let mut next_due = None;
         while !self.stopping() {
-            let announced = self.supervise.announce();
+            self.summons.wait(|| {
+                let stop = self.stopping().then_some(Duration::ZERO);
+                let until_due = next_due.map(|due: Ticks| clock::to_duration(due.saturating_sub(clock::now())));
+                let watch = self.watching.load(Ordering::SeqCst).then_some(WATCH);
+                [stop, until_due, watch].into_iter().flatten().min()
+            });
             if self.stopping() {
-                self.supervise.cancel(announced);
                 break;
-            }
-            // What was wanted before the announcement rang for nobody.
-            let wanted = self.new_retries.swap(false, Ordering::SeqCst) || self.too_few.load(Ordering::SeqCst);
-            let until_due = next_due.map(|due: Ticks| clock::to_duration(due.saturating_sub(clock::now())));
-            let watch = self.watching.load(Ordering::SeqCst).then_some(WATCH);
-            if wanted {
-                self.supervise.cancel(announced);
-            } else {
-                self.supervise.wait(announced, watch.into_iter().chain(until_due).min());
             }
             let now = clock::now();
             let mut sched = self.sched();
@@ -37,7 +32,7 @@ impl<T: Send + 'static> Shared<T> {
             if revived {
                 // Those who are active may be stuck: ports, or we in their place, look after that.
                 self.ready.store(true, Ordering::Relaxed);
-                if self.active.load(Ordering::Relaxed) == 0 {
+                if self.crew.active() == 0 {
                     self.wake_one();
                 }
                 self.watch();
@@ -54,7 +49,7 @@ impl<T: Send + 'static> Shared<T> {
                     self.watching.store(true, Ordering::SeqCst);
                 }
             }
-            if !self.too_few.swap(false, Ordering::Relaxed) || self.stopping() {
+            if !self.summons.wants_a_worker() || self.stopping() {
                 continue;
             }
             if self.live.load(Ordering::Relaxed) < self.workers.load(Ordering::Relaxed) {

@@ -22,10 +22,10 @@ use super::target::Target;
 use super::worker::Ports;
 use crate::error::{Error, Result, reason};
 use crate::os::clock::{self, Ticks};
-use crate::os::event::Event;
+use crate::os::crew::{Crew, Summons};
 use crate::os::queue::{Batch, Inbox};
 use crate::os::thread;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -128,24 +128,16 @@ impl Busy {
 
 pub(super) struct Shared<T> {
     pub(super) inbox: Inbox<Request<T>>,
-    /// Where workers sleep.
-    pub(super) idle: Event,
+    /// Who is awake, and where the others sleep.
+    pub(super) crew: Crew,
     /// Where the supervisor sleeps.
-    pub(super) supervise: Event,
-    /// There are too few workers.
-    pub(super) too_few: AtomicBool,
-    /// The supervisor has not yet seen when the newest are due.
-    pub(super) new_retries: AtomicBool,
+    pub(super) summons: Summons,
     /// The system gave us none; that was said.
     pub(super) no_more_threads: AtomicBool,
     /// Ports whose threads sleep when they have nothing to do.
     sleepers: AtomicU32,
     /// Whether the supervisor looks for stalls.
     pub(super) watching: AtomicBool,
-    /// Whether a worker spins, looking at the inbox.
-    pub(super) spinning: Apart<AtomicBool>,
-    /// Workers that will look at the inbox soon: awake, and not in a call on a slow lane.
-    pub(super) active: Apart<AtomicU32>,
     /// Works taken so far: stands still when everybody is stuck.
     pub(super) picks: Apart<AtomicU64>,
     /// Whether lanes had work left at the last pick.
@@ -240,15 +232,11 @@ impl<T: Send + 'static> Pool<T> {
     pub fn new(options: &PoolOptions) -> Result<Self> {
         let shared = Arc::new(Shared {
             inbox: Inbox::default(),
-            idle: Event::default(),
-            supervise: Event::default(),
-            too_few: AtomicBool::new(false),
-            new_retries: AtomicBool::new(false),
+            crew: Crew::default(),
+            summons: Summons::default(),
             no_more_threads: AtomicBool::new(false),
             sleepers: AtomicU32::new(0),
             watching: AtomicBool::new(false),
-            spinning: Apart::default(),
-            active: Apart::default(),
             picks: Apart::default(),
             ready: AtomicBool::new(false),
             live: AtomicU32::new(0),
@@ -313,7 +301,7 @@ impl<T: Send + 'static> Pool<T> {
                 ));
             }
             if sched.has_ready() {
-                self.0.idle.notify_one();
+                self.0.crew.wake_one();
             }
             sched = self.0.quiet.wait_timeout(sched, left.min(CLOSE_LOOK)).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -341,7 +329,7 @@ impl<T: Send + 'static> Pool<T> {
         self.0.retry_budget_ms.store(options.retry_timeout.as_millis() as u64, Ordering::Relaxed);
         self.0.sched().set_limits(workers, options.lane_limit, options.max_merge_bytes);
         self.0.care().set_care(options.care);
-        self.0.idle.notify_all();
+        self.0.crew.wake_all();
     }
 
     /// The volume is on its way out: what waits there for a lock to come back is answered with ENODEV. Takes the pool's lock.
@@ -375,7 +363,7 @@ impl<T: Send + 'static> Pool<T> {
 
     /// How many workers there are, and how many of them are awake and not in a slow call.
     pub fn worker_counts(&self) -> (u32, u32) {
-        (self.0.live.load(Ordering::Relaxed), self.0.active.load(Ordering::Relaxed))
+        (self.0.live.load(Ordering::Relaxed), self.0.crew.active())
     }
 
     /// Ends all threads. To be called when all lanes are closed. Blocks: not for a reactor.
@@ -385,10 +373,10 @@ impl<T: Send + 'static> Pool<T> {
     pub fn stop(&self, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;
         self.0.stop.store(true, Ordering::SeqCst);
-        self.0.supervise.notify_all();
+        self.0.summons.call();
         self.0.attention.notify_all();
         loop {
-            self.0.idle.notify_all();
+            self.0.crew.wake_all();
             let mut handles = self.0.handles.lock().unwrap_or_else(PoisonError::into_inner);
             let (done, left): (Vec<_>, Vec<_>) =
                 std::mem::take(&mut *handles).into_iter().partition(|h| h.is_finished());
@@ -442,12 +430,10 @@ impl<T> Shared<T> {
     /// Called by reactors.
     pub(super) fn submit(&self, batch: Batch<Request<T>>, slow: bool) {
         self.inbox.push(batch);
-        // Publish, then look (as `Event` does it): a worker that stops being active looks at the inbox afterwards.
-        fence(Ordering::SeqCst);
-        if self.spinning.load(Ordering::Relaxed) {
+        if self.crew.looks_for_more() {
             return;
         }
-        if slow || self.active.load(Ordering::Relaxed) == 0 {
+        if slow || self.crew.active() == 0 {
             self.wake_one();
         }
         self.watch();
@@ -465,13 +451,13 @@ impl<T> Shared<T> {
     /// Has the supervisor look for stalls, when the ports are not awake to do it.
     pub(super) fn watch(&self) {
         if self.sleepers.load(Ordering::Relaxed) > 0 && !self.watching.swap(true, Ordering::SeqCst) {
-            self.supervise.notify_one();
+            self.summons.call();
         }
     }
 
     /// Called by ports that wait for answers while nothing has been picked up for `stalled` ticks. Whether it did anything.
     pub(super) fn help(&self, stalled: Ticks) -> bool {
-        let crowded = self.active.load(Ordering::Relaxed) >= self.budget;
+        let crowded = self.crew.active() >= self.budget;
         let wanted = (!crowded || stalled >= self.crowded_stall_ticks)
             && (self.ready.load(Ordering::Relaxed) || !self.inbox.is_empty());
         if wanted {
@@ -481,9 +467,8 @@ impl<T> Shared<T> {
     }
 
     pub(super) fn wake_one(&self) {
-        if !self.idle.notify_one() && self.live.load(Ordering::Relaxed) < self.workers.load(Ordering::Relaxed) {
-            self.too_few.store(true, Ordering::Relaxed);
-            self.supervise.notify_one();
+        if !self.crew.wake_one() && self.live.load(Ordering::Relaxed) < self.workers.load(Ordering::Relaxed) {
+            self.summons.call_for_a_worker();
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::os::clock::{self, Ticks};
 use crate::os::queue::{Batch, List};
 use crate::os::thread;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// Where the answers of each port go.
@@ -37,7 +37,7 @@ impl<T: Send + 'static> Shared<T> {
         else {
             return;
         };
-        self.active.fetch_add(1, Ordering::SeqCst);
+        self.crew.begin();
         let mut finished: Option<(FinishedWork, Ticks, List<Request<T>>)> = None;
         let mut picks_seen = self.picks.load(Ordering::Relaxed);
         'awake: loop {
@@ -49,8 +49,7 @@ impl<T: Send + 'static> Shared<T> {
                 }
                 if retries {
                     // It is the supervisor who knows when their time has come.
-                    self.new_retries.store(true, Ordering::SeqCst);
-                    self.supervise.notify_one();
+                    self.summons.tell_of_retries();
                 }
             }
             sched.accept(self.inbox.take_all());
@@ -60,7 +59,7 @@ impl<T: Send + 'static> Shared<T> {
             // More of us than fast calls are worth, and the others get on with it: leave it to them. (When they do not get on,
             // they are stuck, whatever the averages say.)
             let picks = self.picks.load(Ordering::Relaxed);
-            let surplus = self.active.load(Ordering::Relaxed) > self.budget && picks != picks_seen;
+            let surplus = self.crew.active() > self.budget && picks != picks_seen;
             if let Some(work) = (!surplus).then(|| sched.take_next()).flatten() {
                 let more = sched.has_ready();
                 self.ready.store(more, Ordering::Relaxed);
@@ -83,8 +82,8 @@ impl<T: Send + 'static> Shared<T> {
                 }
                 busy.set(&done, first);
                 if slow {
-                    self.active.fetch_sub(1, Ordering::SeqCst);
-                    if (more || !self.inbox.is_empty()) && !self.spinning.load(Ordering::SeqCst) {
+                    self.crew.pause();
+                    if (more || !self.inbox.is_empty()) && !self.crew.spins() {
                         self.wake_one();
                     }
                 }
@@ -93,7 +92,7 @@ impl<T: Send + 'static> Shared<T> {
                 let now = clock::now();
                 busy.submitted.store(IDLE, Ordering::Relaxed);
                 if slow {
-                    self.active.fetch_add(1, Ordering::SeqCst);
+                    self.crew.begin();
                 }
                 let again = if all_well { List::default() } else { self.to_try_again(&mut requests, now) };
                 answer(&ports, requests);
@@ -108,20 +107,15 @@ impl<T: Send + 'static> Shared<T> {
             }
             // Going to sleep. Announce it, stop being active, and look once more.
             loop {
-                let announced = self.idle.announce();
-                let before = self.active.fetch_sub(1, Ordering::SeqCst);
-                fence(Ordering::SeqCst);
-                // A surplus worker sleeps whatever there is to do, as long as another one is active: that one looks again.
-                let work_for_us = !self.inbox.is_empty() || self.sched().has_ready();
-                if (work_for_us && !(surplus && before > 1)) || self.retire_or_stop() {
-                    self.idle.cancel(announced);
-                } else {
-                    self.idle.wait(announced, None);
-                }
+                self.crew.sleep(|active| {
+                    // A surplus worker sleeps whatever there is to do, as long as another one is active: that one looks again.
+                    let work_for_us = !self.inbox.is_empty() || self.sched().has_ready();
+                    (work_for_us && !(surplus && active > 1)) || self.retire_or_stop()
+                });
                 if self.retire_or_stop() {
                     break 'awake;
                 }
-                self.active.fetch_add(1, Ordering::SeqCst);
+                self.crew.begin();
                 if !self.inbox.is_empty() || self.sched().has_ready() {
                     picks_seen = self.picks.load(Ordering::Relaxed);
                     continue 'awake;
@@ -169,24 +163,14 @@ impl<T: Send + 'static> Shared<T> {
 
     /// Looks at the inbox for a while; true when something came. One worker at a time does that.
     fn spin(&self, surplus: bool) -> bool {
-        if surplus || self.spinning.swap(true, Ordering::SeqCst) {
-            return false;
-        }
         let start = clock::now();
-        let mut came = false;
-        while !came && clock::now().wrapping_sub(start) < self.spin_ticks && !self.stopping() {
-            for _ in 0..8 {
-                came |= !self.inbox.is_empty();
-                if came {
-                    break;
-                }
+        let look = || {
+            (0..8).any(|_| {
                 std::hint::spin_loop();
-            }
-        }
-        // A submitter that saw the flag before this store relies on the look at the inbox that comes after it.
-        self.spinning.store(false, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        came || !self.inbox.is_empty()
+                !self.inbox.is_empty()
+            })
+        };
+        !surplus && self.crew.spin(look, || clock::now().wrapping_sub(start) < self.spin_ticks && !self.stopping())
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod bell;
 pub mod bounce;
 pub mod clock;
+pub mod crew;
 pub mod event;
 pub mod file;
 pub mod iov;

@@ -2,10 +2,10 @@
 //! (`RUSTFLAGS="--cfg loom" cargo test --release --no-default-features --lib loom`).
 
 #[cfg(not(loom))]
-pub use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering, fence};
+pub use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering, fence};
 
 #[cfg(loom)]
-pub use loom::sync::atomic::{AtomicPtr, AtomicU32, Ordering, fence};
+pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering, fence};
 
 #[cfg(not(loom))]
 mod futex {
@@ -98,7 +98,7 @@ mod loom_tests {
             let producers: Vec<_> = [[1, 2], [11, 12]]
                 .map(|values| {
                     let inbox = inbox.clone();
-                    thread::spawn(move || inbox.push(batch(&values)))
+                    thread::spawn(move || drop(inbox.push(batch(&values))))
                 })
                 .into_iter()
                 .collect();

@@ -30,11 +30,11 @@ struct Excuse(AtomicU64);
 
 impl Excuse {
     fn begin(&self) {
-        assert!(self.0.fetch_add(1, Ordering::SeqCst) % 2 == 0);
+        assert!(self.0.fetch_add(1, Ordering::SeqCst).is_multiple_of(2));
     }
 
     fn end(&self) {
-        assert!(self.0.fetch_add(1, Ordering::SeqCst) % 2 == 1);
+        assert!(!self.0.fetch_add(1, Ordering::SeqCst).is_multiple_of(2));
     }
 
     /// To be asked for before something that may need an excuse.
@@ -44,7 +44,7 @@ impl Excuse {
 
     /// Whether there was one at any time since.
     fn there_was_one(&self, since: u64) -> bool {
-        since % 2 == 1 || self.now() != since
+        !since.is_multiple_of(2) || self.now() != since
     }
 }
 
@@ -183,6 +183,8 @@ fn go_wrong(soak: &Soak, mut random: Random, end: Instant) -> BTreeMap<&'static 
             6 => {
                 soak.file.set_faults(&format!("hang ost={ost}"));
                 pause(&mut random, 4000);
+                // (An attach may wait for them, and this thread for the attach.)
+                soak.file.set_faults("");
                 "hanging servers"
             }
             7 => {
