@@ -39,7 +39,10 @@ fn run_sh_serves_until_it_is_interrupted() {
     let own = image(folder.path(), "own.img", 8 << 20);
     let output = folder.path().join("output");
     let file = std::fs::File::create(&output).unwrap();
-    let mut child = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/run.sh"))
+    // (Who runs the tests in the background may have SIGINT ignored, and a shell cannot change that.)
+    let mut child = Command::new("env")
+        .arg("--default-signal=INT")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/run.sh"))
         .args(["--port", &free_port().to_string(), "--image", own.to_str().unwrap()])
         .stdin(std::process::Stdio::null())
         .stdout(file.try_clone().unwrap())
