@@ -145,8 +145,8 @@ fn sockets_are_the_owners_alone() {
     let early = dir.path().join("early.sock");
     std::fs::write(&saved, config(&early).to_string()).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_lloop_tgt"));
-    command.current_dir(dir.path());
-    let target = Target::start_by(&mut command, &["--config", saved.to_str().unwrap()], dir);
+    let sockets = dir.path().to_str().unwrap().to_owned();
+    let target = Target::start_by(&mut command, &["--config", saved.to_str().unwrap(), "-S", &sockets], dir);
     assert!(eventually(|| target.log().contains("is ready")), "{}", target.log());
     target.ok("vhost_create_scsi_controller", json!({"ctrlr": "late.sock"}));
     let late = target.folder.path().join("late.sock");
@@ -171,8 +171,8 @@ fn a_target_that_gives_up_its_rights() {
         std::fs::set_permissions(file, PermissionsExt::from_mode(0o600)).unwrap();
     }
     let mut command = Command::new(env!("CARGO_BIN_EXE_lloop_tgt"));
-    command.current_dir(&here);
-    let mut target = Target::start_by(&mut command, &["--user", "nobody", "-s", "1024"], dir);
+    let sockets = here.to_str().unwrap();
+    let mut target = Target::start_by(&mut command, &["--user", "nobody", "-s", "1024", "-S", sockets], dir);
     assert!(eventually(|| target.log().contains("is ready")), "{}", target.log());
     let rights_are_gone = |target: &Target| {
         for thread in std::fs::read_dir(format!("/proc/{}/task", target.pid())).unwrap() {

@@ -516,7 +516,10 @@ fn soak_random_faults_lose_nothing() {
     );
     assert_eq!((&stats["unprotected_ios"], &stats["fallocates_under_group_lock"]), (&json!(0), &json!(0)), "{stats}");
     assert_eq!((&stats["groups_held"], &stats["records_held"]), (&json!([]), &json!(0)), "{stats}");
-    assert_eq!(belongings(&soak.target), before, "something is left behind");
+    let after = belongings(&soak.target);
+    assert_eq!(after.0, before.0, "something is left behind");
+    // (A thread of the start may have ended since.)
+    assert!(after.1 <= before.1, "{} threads, there were {}", after.1, before.1);
     drop(load);
     let Soak { mut target, .. } = soak;
     target.stop();
