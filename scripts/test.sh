@@ -24,6 +24,8 @@ if [ $# -eq 0 ]; then
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$CARGO_TARGET_DIR/loom \
 		cargo test --locked --release --no-default-features --lib loom_
 fi
+# Each property of hostile input gets this long: a minute for all of them, two at a time.
+[ $# -gt 0 ] || export LLOOP_FUZZ_SECONDS=${LLOOP_FUZZ_SECONDS:-10}
 # With a filter cargo leaves the examples out, which the tests run.
 [ $# -eq 0 ] || quietly "building the tests' programs" "$CARGO_TARGET_DIR/examples.log" cargo build --locked --examples
 # Each test that starts a target has its own socket, hugepage files and folder; two at a time is what two cores and 2 GiB of
