@@ -294,6 +294,10 @@ pub unsafe fn io_channel_ctx(channel: *mut spdk_io_channel) -> *mut core::ffi::c
     unsafe { channel.byte_add(OWN_BYTES).cast() }
 }
 
+/// The most alignment that a bdev may ask for: with more, the bdev layer's own buffers, which it hands to readers that bring none
+/// (iSCSI), are too small for what it lets them read (64 KiB and 512 bytes in v20.07).
+pub const MAX_BUFFER_ALIGN_BYTES: u32 = if cfg!(spdk_bdev_bitfields) { 4096 } else { 512 };
+
 /// Whether SPDK threads can move from one system thread to another (by a scheduler other than the static one).
 pub const THREADS_MOVE: bool = cfg!(spdk_threads_move);
 

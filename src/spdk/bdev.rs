@@ -286,7 +286,8 @@ pub fn register<D: Bdev, M: Module>(
         match sys::spdk_bdev_register(bdev) {
             0 => {
                 // Now it is only advice: whoever allocates buffers for this bdev aligns them, and nothing has to be copied.
-                (*bdev).required_alignment = description.memory_align_bytes.max(1).ilog2() as u8;
+                let align_bytes = description.memory_align_bytes.clamp(1, compat::MAX_BUFFER_ALIGN_BYTES);
+                (*bdev).required_alignment = align_bytes.ilog2() as u8;
                 handle.bdev.set(bdev);
             }
             rc => {
