@@ -67,12 +67,6 @@ pub struct Guard {
     version_at_fence: AtomicU64,
 }
 
-impl Default for Guard {
-    fn default() -> Self {
-        Guard::none()
-    }
-}
-
 /// How long between two tries to get a lock back.
 const PAUSE: Duration = Duration::from_millis(100);
 

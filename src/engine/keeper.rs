@@ -55,10 +55,8 @@ pub(super) struct Keeper {
     last_check: Instant,
     /// Volumes whose locks are to be asked for.
     unchecked: HashSet<u32>,
-    /// Lanes that stall: since when, and what has been said of it.
+    /// Lanes that stall, and since when.
     stalled: HashMap<(u32, u16), Ticks>,
-    /// How often each has.
-    stalls: HashMap<(u32, u16), u64>,
     said_full: bool,
 }
 
@@ -71,7 +69,6 @@ impl Keeper {
             last_check: Instant::now(),
             unchecked: HashSet::new(),
             stalled: HashMap::new(),
-            stalls: HashMap::new(),
             said_full: false,
         }
     }
@@ -83,11 +80,6 @@ impl Keeper {
     /// Who is somewhere already: to look at files, or for all else.
     fn place(&mut self, looks: bool) -> &mut HashSet<u32> {
         if looks { &mut self.looking } else { &mut self.at_work }
-    }
-
-    /// How often each lane of a volume has stalled.
-    pub fn stalls_of(&self, volume: u32) -> HashMap<u16, u64> {
-        self.stalls.iter().filter(|((v, _), _)| *v == volume).map(|((_, lane), &n)| (*lane, n)).collect()
     }
 }
 
@@ -225,8 +217,7 @@ impl<T: Send + 'static> Shared<T> {
         drop(sched);
         self.summons.tell_of_retries();
         if ready {
-            self.ready.store(true, Ordering::Relaxed);
-            self.wake_one();
+            self.rouse();
         }
     }
 
@@ -317,8 +308,7 @@ impl<T: Send + 'static> Shared<T> {
                     "{shown}: {what}, and {why}: somebody else may have written to the file. Fenced: every I/O fails until bdev_lloop_resume, or until it is attached again"
                 );
                 self.sched().fail(id, libc::ENOLCK);
-                self.ready.store(true, Ordering::Relaxed);
-                self.wake_one();
+                self.rouse();
                 // (Last: it asks every server, and one may be down.)
                 guard.remember_version(file);
             }
@@ -403,14 +393,14 @@ impl<T: Send + 'static> Shared<T> {
         let mut oldest: HashMap<(u32, u16), (Ticks, u64, u64)> = HashMap::new();
         for busy in &self.busy {
             let volume = busy.volume.load(Ordering::Relaxed);
-            if let Some(submitted) = busy.started_on(volume)
-                && now.saturating_sub(submitted) >= limit
+            if let Some(started) = busy.started_on(volume)
+                && now.saturating_sub(started) >= limit
             {
                 let (offset, len) = (busy.offset_bytes.load(Ordering::Relaxed), busy.len_bytes.load(Ordering::Relaxed));
                 let place =
                     oldest.entry((volume, busy.lane.load(Ordering::Relaxed) as u16)).or_insert((Ticks::MAX, 0, 0));
-                if submitted < place.0 {
-                    *place = (submitted, offset, len);
+                if started < place.0 {
+                    *place = (started, offset, len);
                 }
             }
         }
@@ -434,7 +424,7 @@ impl<T: Send + 'static> Shared<T> {
                     seconds(since),
                     offset + len
                 );
-                *keeper.stalls.entry((*volume, *lane)).or_default() += 1;
+                self.sched().count_stall(*volume, *lane);
                 keeper.stalled.insert((*volume, *lane), since);
             }
             for (place, since) in over {

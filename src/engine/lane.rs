@@ -92,6 +92,8 @@ pub struct LaneLoad {
     pub running: usize,
     /// When the oldest waiting request was submitted.
     pub oldest_queued: Option<Ticks>,
+    /// How often calls have not returned for long.
+    pub stalls: u64,
 }
 
 /// The pages that are being worked on: start, end, whether parts of pages are modified.
@@ -105,11 +107,12 @@ pub(super) struct Lane<T> {
     /// Running average of how long a call takes.
     pub service: Ticks,
     pub slow: bool,
+    pub stalls: u64,
 }
 
 impl<T> Default for Lane<T> {
     fn default() -> Self {
-        Lane { queue: List::default(), running: 0, in_ring: false, service: 0, slow: false }
+        Lane { queue: List::default(), running: 0, in_ring: false, service: 0, slow: false, stalls: 0 }
     }
 }
 

@@ -230,7 +230,7 @@ impl<T> Sched<T> {
                     volume.flushes.push_back(request);
                     self.enlist(id, FLUSHES);
                 }
-                Op::Unmap if volume.target.gathers_discards() => {
+                Op::Unmap if volume.target.guard().gathers_discards() => {
                     volume.discards.push_back(request);
                     volume.trouble.discards = true;
                     self.troubled = true;
@@ -488,6 +488,13 @@ impl<T> Sched<T> {
         self.troubled = true;
     }
 
+    /// Counts a call that does not return (flushes with the first lane, as in [`Sched::load`]).
+    pub fn count_stall(&mut self, id: u32, lane: u16) {
+        let Some(volume) = self.volume_mut(id) else { return };
+        let at = if lane == FLUSHES { 0 } else { lane as usize };
+        volume.lanes[at].stalls += 1;
+    }
+
     /// Whether a volume is there, and not on its way out.
     pub fn is_open(&self, id: u32) -> bool {
         let volume = self.volumes.get(id as usize).and_then(Option::as_ref);
@@ -518,6 +525,7 @@ impl<T> Sched<T> {
                 queued: lane.queue.len(),
                 running: lane.running,
                 oldest_queued: oldest(&lane.queue),
+                stalls: lane.stalls,
             })
             .collect();
         let waiting = [&volume.flushes, &volume.retries, &volume.discards];

@@ -121,11 +121,6 @@ impl Target {
         self.file.identity().fid.is_some()
     }
 
-    /// Whether unmaps are gathered and done in batches.
-    pub fn gathers_discards(&self) -> bool {
-        self.guard.gathers_discards()
-    }
-
     /// What is wrong with the file.
     pub fn damage(&self) -> Option<Damage> {
         match self.damage.load(Ordering::Relaxed) {

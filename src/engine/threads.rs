@@ -24,6 +24,7 @@ use crate::error::{Error, Result, reason};
 use crate::os::clock::{self, Ticks};
 use crate::os::crew::{Crew, Summons};
 use crate::os::queue::{Batch, Inbox};
+use crate::os::sync::Apart;
 use crate::os::thread;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -73,18 +74,6 @@ impl Default for PoolOptions {
     }
 }
 
-/// A word on a cache line (pair) of its own.
-#[repr(align(128))]
-#[derive(Default)]
-pub(super) struct Apart<A>(A);
-
-impl<A> std::ops::Deref for Apart<A> {
-    type Target = A;
-    fn deref(&self) -> &A {
-        &self.0
-    }
-}
-
 /// What a worker is busy with, for statistics and warnings.
 #[derive(Default)]
 pub(super) struct Busy {
@@ -104,13 +93,13 @@ pub(super) const NOBODY: Ticks = 0;
 pub(super) const IDLE: Ticks = Ticks::MAX;
 
 impl Busy {
-    /// Notes a call that is about to be made for `first` and its neighbours.
-    pub(super) fn set<T>(&self, work: &FinishedWork, first: &Request<T>) {
+    /// Notes a call that is made now, `started`, for `first` and its neighbours.
+    pub(super) fn set<T>(&self, work: &FinishedWork, first: &Request<T>, started: Ticks) {
         self.volume.store(work.volume, Ordering::Relaxed);
         self.lane.store(work.lane.into(), Ordering::Relaxed);
         self.offset_bytes.store(first.offset_bytes, Ordering::Relaxed);
         self.len_bytes.store(first.len_bytes, Ordering::Relaxed);
-        self.started.store(clock::now(), Ordering::Relaxed);
+        self.started.store(started, Ordering::Relaxed);
         self.submitted.store(first.submitted, Ordering::Release);
     }
 
@@ -187,8 +176,8 @@ pub struct Volume<T> {
 #[derive(Debug, Clone, Default)]
 pub struct VolumeLoad {
     /// Lane by lane; the first is for what lies on several servers, or where none is known. With when the oldest request, waiting
-    /// or being executed, was submitted, and how often the lane has stalled.
-    pub lanes: Vec<(LaneLoad, Option<Ticks>, u64)>,
+    /// or being executed, was submitted.
+    pub lanes: Vec<(LaneLoad, Option<Ticks>)>,
     /// How often requests were tried again.
     pub retries: u64,
 }
@@ -207,20 +196,14 @@ impl<T> Volume<T> {
     /// What it is doing. Takes the pool's lock.
     pub fn load(&self) -> VolumeLoad {
         let (loads, retries) = self.pool.sched().load(self.id);
-        let stalls = self.pool.care().stalls_of(self.id);
         let lanes = loads.into_iter().enumerate().map(|(at, load)| {
             // (Flushes have no lane of their own in what is shown.)
             let is_here = |lane: u32| lane as usize == at || (at == 0 && lane == u32::from(u16::MAX));
             let running = self.pool.busy.iter().filter(|busy| is_here(busy.lane.load(Ordering::Relaxed)));
             let oldest = running.filter_map(|busy| busy.submitted_on(self.id)).chain(load.oldest_queued).min();
-            (load, oldest, stalls.get(&(at as u16)).copied().unwrap_or(0))
+            (load, oldest)
         });
         VolumeLoad { lanes: lanes.collect(), retries }
-    }
-
-    /// Sorts requests into other lanes from now on.
-    pub fn set_map(&self, map: LaneMap) {
-        self.pool.sched().set_map(self.id, map);
     }
 }
 
@@ -335,8 +318,7 @@ impl<T: Send + 'static> Pool<T> {
     /// The volume is on its way out: what waits there for a lock to come back is answered with ENODEV. Takes the pool's lock.
     pub fn abandon(&self, volume: u32) {
         self.0.sched().abandon(volume);
-        self.0.ready.store(true, Ordering::Relaxed);
-        self.0.wake_one();
+        self.0.rouse();
     }
 
     /// Looks after a volume now: takes lost locks again, looks at the file. For an operator who has mended something. Blocks: not for
@@ -353,8 +335,9 @@ impl<T: Send + 'static> Pool<T> {
         let targets = self.0.sched().targets();
         let now = clock::now();
         let calls = self.0.busy.iter().filter_map(|busy| {
-            let (id, target) = targets.iter().find(|(id, _)| busy.submitted_on(*id).is_some())?;
-            let age = clock::to_duration(now.saturating_sub(busy.submitted_on(*id)?));
+            let (submitted, target) =
+                targets.iter().find_map(|(id, target)| Some((busy.submitted_on(*id)?, target)))?;
+            let age = clock::to_duration(now.saturating_sub(submitted));
             let offset = busy.offset_bytes.load(Ordering::Relaxed);
             Some(format!("{}: the I/O at byte {offset}, {} s old", target.file().path().display(), age.as_secs()))
         });
@@ -464,6 +447,12 @@ impl<T> Shared<T> {
             self.wake_one();
         }
         wanted
+    }
+
+    /// There is work that did not come by the inbox.
+    pub(super) fn rouse(&self) {
+        self.ready.store(true, Ordering::Relaxed);
+        self.wake_one();
     }
 
     pub(super) fn wake_one(&self) {

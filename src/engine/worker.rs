@@ -80,7 +80,6 @@ impl<T: Send + 'static> Shared<T> {
                     answer(&ports, requests);
                     continue;
                 }
-                busy.set(&done, first);
                 if slow {
                     self.crew.pause();
                     if (more || !self.inbox.is_empty()) && !self.crew.spins() {
@@ -88,6 +87,7 @@ impl<T: Send + 'static> Shared<T> {
                     }
                 }
                 let start = clock::now();
+                busy.set(&done, first, start);
                 let all_well = transfer.execute(&mut requests);
                 let now = clock::now();
                 busy.submitted.store(IDLE, Ordering::Relaxed);

@@ -195,12 +195,12 @@ impl Device {
         let age_us =
             |oldest: Option<Ticks>| oldest.map_or(0, |since| clock::to_nanos(now.saturating_sub(since)) / 1000);
         let in_rings = volume.and_then(|volume| oldest_in_rings(&volume));
-        let oldest = load.lanes.iter().filter_map(|(_, oldest, _)| *oldest).chain(in_rings).min();
-        let sum = |f: fn(&LaneLoad) -> usize| load.lanes.iter().map(|(lane, ..)| f(lane)).sum::<usize>();
-        let lanes = load.lanes.iter().map(|(lane, oldest, stalls)| {
+        let oldest = load.lanes.iter().filter_map(|(_, oldest)| *oldest).chain(in_rings).min();
+        let sum = |f: fn(&LaneLoad) -> usize| load.lanes.iter().map(|(lane, _)| f(lane)).sum::<usize>();
+        let lanes = load.lanes.iter().map(|(lane, oldest)| {
             json!({
                 "ost": lane.ost, "queued": lane.queued, "calls_running": lane.running, "oldest_io_us": age_us(*oldest),
-                "stalls": stalls,
+                "stalls": lane.stalls,
             })
         });
         let target = self.target();
@@ -212,7 +212,7 @@ impl Device {
             "calls_running": sum(|lane| lane.running),
             "oldest_io_us": age_us(oldest),
             "retries": load.retries,
-            "stalls": load.lanes.iter().map(|(.., stalls)| stalls).sum::<u64>(),
+            "stalls": load.lanes.iter().map(|(lane, _)| lane.stalls).sum::<u64>(),
             "lock_recoveries": target.map_or(0, |target| target.guard().recoveries()),
             "lanes": lanes.collect::<Vec<_>>(),
             "last_errno": stats::last_errno(counters.iter().map(|c| &**c)),

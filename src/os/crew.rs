@@ -1,17 +1,12 @@
 //! Workers that sleep when there is nothing to do, whoever wakes them, and whoever starts more of them: the protocol alone, without
-//! what the work is. Loom tries it out in every order of events (src/os/sync.rs).
+//! what the work is. Loom tries it out in every order of events, below.
 //!
 //! Everywhere it is the same idea: who has something publishes it, then looks whether anybody is about; who is about to stop looking
 //! says so, then looks once more. Sequentially consistent fences stand between the two steps, so one of the two sees the other.
 
 use super::event::Event;
-use super::sync::{AtomicBool, AtomicU32, Ordering, fence};
+use super::sync::{Apart, AtomicBool, AtomicU32, Ordering, fence};
 use std::time::Duration;
-
-/// A word on a cache line (pair) of its own.
-#[repr(align(128))]
-#[derive(Default)]
-struct Apart<A>(A);
 
 /// The workers.
 #[derive(Default)]
@@ -27,19 +22,19 @@ impl Crew {
     /// How many will look for work soon. With none, whoever has published work wakes one.
     #[inline]
     pub fn active(&self) -> u32 {
-        self.active.0.load(Ordering::Relaxed)
+        self.active.load(Ordering::Relaxed)
     }
 
     /// Whether one of them does nothing else.
     pub fn spins(&self) -> bool {
-        self.spinning.0.load(Ordering::SeqCst)
+        self.spinning.load(Ordering::SeqCst)
     }
 
     /// To be asked after work was published, before anything else is: whether somebody is looking for it at this moment.
     #[inline]
     pub fn looks_for_more(&self) -> bool {
         fence(Ordering::SeqCst);
-        self.spinning.0.load(Ordering::Relaxed)
+        self.spinning.load(Ordering::Relaxed)
     }
 
     /// Wakes a sleeper; false when there is none.
@@ -54,18 +49,18 @@ impl Crew {
 
     /// The caller is active from here on: it looks for work after this.
     pub fn begin(&self) {
-        self.active.0.fetch_add(1, Ordering::SeqCst);
+        self.active.fetch_add(1, Ordering::SeqCst);
     }
 
     /// The caller is not active any more, for it enters a call that takes long. It looks for work that only it could know of after
     /// this.
     pub fn pause(&self) {
-        self.active.0.fetch_sub(1, Ordering::SeqCst);
+        self.active.fetch_sub(1, Ordering::SeqCst);
     }
 
     /// Looks for work as long as `go_on`; true when `look` has found some. One worker at a time does that, for others it is false.
     pub fn spin(&self, mut look: impl FnMut() -> bool, mut go_on: impl FnMut() -> bool) -> bool {
-        if self.spinning.0.swap(true, Ordering::SeqCst) {
+        if self.spinning.swap(true, Ordering::SeqCst) {
             return false;
         }
         let mut came = false;
@@ -73,7 +68,7 @@ impl Crew {
             came = look();
         }
         // A submitter that saw the flag before this store relies on the look that comes after it.
-        self.spinning.0.store(false, Ordering::SeqCst);
+        self.spinning.store(false, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         came || look()
     }
@@ -82,7 +77,7 @@ impl Crew {
     /// the caller among them. The caller is not active afterwards.
     pub fn sleep(&self, stay: impl FnOnce(u32) -> bool) {
         let announced = self.idle.announce();
-        let before = self.active.0.fetch_sub(1, Ordering::SeqCst);
+        let before = self.active.fetch_sub(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         if stay(before) {
             self.idle.cancel(announced);

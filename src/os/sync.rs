@@ -7,6 +7,19 @@ pub use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering, fence};
 #[cfg(loom)]
 pub use loom::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering, fence};
 
+/// A word on a cache line (pair) of its own.
+#[repr(align(128))]
+#[derive(Default)]
+pub struct Apart<A>(A);
+
+impl<A> std::ops::Deref for Apart<A> {
+    type Target = A;
+    #[inline]
+    fn deref(&self) -> &A {
+        &self.0
+    }
+}
+
 #[cfg(not(loom))]
 mod futex {
     use super::AtomicU32;
