@@ -1,6 +1,6 @@
 //! No I/O allocates from the heap: counted, over all threads, on every engine, after a warm-up.
 
-use lloop::engine::{LaneMap, Op, Pool, PoolOptions, Port, Request, Target, Uring, Volume};
+use lloop::engine::{Help, LaneMap, Op, Pool, PoolOptions, Port, Request, Target, Uring, UringOptions, Volume};
 use lloop::os::file::{DirectFile, OpenOptions};
 use lloop::os::iov::{IoVecs, LeakedBuffers};
 use lloop::os::queue::{List, Node, Placed};
@@ -87,7 +87,7 @@ fn round(
 
 #[test]
 fn no_io_allocates() {
-    for uring in [false, true] {
+    for uring in [None, Some(Help::Off), Some(Help::Half)] {
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = dir.path().join("image");
         std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
@@ -96,8 +96,9 @@ fn no_io_allocates() {
         let pool = Pool::new(&PoolOptions { workers: 1, ..PoolOptions::default() }).unwrap();
         let volume = pool.open(Arc::new(Target::new(file, 0, 4096)), LaneMap::single());
         let mut port = Port::new(&pool, None);
-        let mut ring = uring.then(|| {
-            let mut ring = Uring::new(true, Vec::new(), None).unwrap();
+        let mut ring = uring.map(|help| {
+            let mut ring =
+                Uring::new(&UringOptions { one_thread: true, reactor_cpus: Vec::new(), help }, None).unwrap();
             let slot = ring.add_file(volume.target().file().as_fd()).unwrap();
             (ring, slot)
         });
@@ -114,7 +115,9 @@ fn no_io_allocates() {
         }
         COUNTING.store(false, Ordering::SeqCst);
         let count = COUNT.load(Ordering::Relaxed);
-        assert_eq!(count, 0, "{count} allocations in {} I/O (uring: {uring})", 200 * DEPTH);
+        assert_eq!(count, 0, "{count} allocations in {} I/O (uring: {uring:?})", 200 * DEPTH);
+        let helped = ring.as_ref().map_or(0, |(ring, _)| ring.helped());
+        assert_eq!(helped > 0, uring == Some(Help::Half), "{helped} by the kernel's thread");
         drop((port, ring));
         pool.close(volume, Duration::from_secs(10)).unwrap();
         pool.stop(Duration::from_secs(10)).unwrap();

@@ -4,7 +4,7 @@
 mod common;
 
 use common::slow::SlowFile;
-use lloop::engine::{Answer, LaneMap, Op, Pool, PoolOptions, Port, Request, Target, Uring, Volume};
+use lloop::engine::{Answer, Help, LaneMap, Op, Pool, PoolOptions, Port, Request, Target, Uring, UringOptions, Volume};
 use lloop::os::file::{DirectFile, OpenOptions};
 use lloop::os::iov::{IoVecs, LeakedBuffers};
 use lloop::os::queue::{List, Placed};
@@ -33,7 +33,12 @@ fn threads(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool
 }
 
 fn uring(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool) -> Rig {
-    Rig::new(len_bytes, block_bytes, align_bytes, read_only).with_ring()
+    Rig::new(len_bytes, block_bytes, align_bytes, read_only).with_ring(Help::Off)
+}
+
+/// Half of what suits the ring goes to the kernel's own thread.
+fn polled(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool) -> Rig {
+    Rig::new(len_bytes, block_bytes, align_bytes, read_only).with_ring(Help::Half)
 }
 
 /// The same tests on every engine.
@@ -44,6 +49,9 @@ macro_rules! on_every_engine {
         }
         mod on_uring {
             $(#[test] fn $test() { super::$test(super::uring) })*
+        }
+        mod on_uring_polled {
+            $(#[test] fn $test() { super::$test(super::polled) })*
         }
     };
 }
@@ -85,8 +93,9 @@ impl Rig {
     }
 
     /// Sends what suits it through a ring, as a channel does.
-    fn with_ring(mut self) -> Self {
-        let mut ring = Uring::new(true, Vec::new(), None).unwrap();
+    fn with_ring(mut self, help: Help) -> Self {
+        let mut ring = Uring::new(&UringOptions { one_thread: true, reactor_cpus: Vec::new(), help }, None).unwrap();
+        assert_eq!(ring.features().1.is_some(), help != Help::Off, "the kernel has polled rings");
         let slot = ring.add_file(self.volume.as_ref().unwrap().target().file().as_fd()).unwrap();
         self.uring = Some((ring, slot));
         self
@@ -485,6 +494,11 @@ proptest! {
     #[test]
     fn random_io_agrees_with_the_model_in_parts_of_pages(steps in steps()) {
         against_a_model(threads, steps, 512, 4096);
+    }
+
+    #[test]
+    fn random_io_agrees_with_the_model_on_uring_polled(steps in steps(), sectors: bool) {
+        against_a_model(polled, steps, if sectors { 512 } else { 4096 }, if sectors { 512 } else { 4096 });
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! with one atomic operation; workers of the [`threads::Pool`] sort requests into lanes (one for each server of a file), execute them and push each answer to
 //! the port it came from; the port's next poll takes all answers at once.
 
+mod balance;
 pub mod guard;
 mod keeper;
 pub mod lane;
@@ -19,6 +20,7 @@ pub mod transfer;
 pub mod uring;
 mod worker;
 
+pub use balance::Help;
 pub use guard::Guard;
 pub use keeper::Care;
 pub use lane::LaneMap;
@@ -26,4 +28,4 @@ pub use port::Port;
 pub use request::{Answer, Op, Request};
 pub use target::Target;
 pub use threads::{Pool, PoolOptions, Volume};
-pub use uring::Uring;
+pub use uring::{Uring, UringOptions};

@@ -1,14 +1,17 @@
-//! The io_uring engine: a ring a thread, whole-page reads and writes without any other thread.
+//! The io_uring engine: a ring a thread, whole-page reads and writes without any other thread of ours.
 //!
 //! It does what is regular and leaves the rest to the workers: whatever comes back short, or with an errno that a second try by a
 //! blocking call can better, is executed anew by them (reads and writes of blocks can be repeated), and flushes, discards and
 //! memory that direct I/O does not take go there from the start. So there is one place that continues, bounces and explains.
+//!
+//! A thread that submits more than it can has a second, polled ring, and the kernel's thread behind that takes a part (balance.rs).
 
+use super::balance::{Balance, Help};
 use super::request::{Op, Request};
 use crate::os::bell::Bell;
-use crate::os::clock::Ticks;
+use crate::os::clock::{self, Ticks};
 use crate::os::queue::{List, Placed};
-use crate::os::ring::{Features, Ring, RingOptions};
+use crate::os::ring::{Batch, Features, Full, Ring, RingOptions};
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -16,6 +19,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// How many I/O of one thread the kernel gets at a time; more wait here.
 const ENTRIES: u32 = 512;
+
+/// How a thread's ring is made.
+#[derive(Debug, Clone, Default)]
+pub struct UringOptions {
+    /// The thread that makes it is the only one that will ever use it.
+    pub one_thread: bool,
+    /// Where the kernel's threads may not be.
+    pub reactor_cpus: Vec<u32>,
+    /// Whether one of them may help to submit.
+    pub help: Help,
+}
 
 /// When each I/O in flight was submitted, by its place; 0 for a free one. For statistics, read by other threads.
 pub struct Ages(Box<[(AtomicU64, AtomicU64)]>);
@@ -31,12 +45,20 @@ impl Ages {
 /// A thread's ring, with the requests that the kernel has.
 pub struct Uring<T> {
     ring: Ring,
-    in_flight: Vec<Option<Placed<Request<T>>>>,
-    free: Vec<u32>,
+    /// A second one, of the kernel's thread.
+    polled: Option<Ring>,
+    balance: Balance,
+    flights: Flights<T>,
     waiting: List<Request<T>>,
     files: Vec<bool>,
-    ages: Arc<Ages>,
     troubled: bool,
+}
+
+/// The requests that the kernel has, each in a place.
+struct Flights<T> {
+    places: Vec<Option<Placed<Request<T>>>>,
+    free: Vec<u32>,
+    ages: Arc<Ages>,
 }
 
 impl<T> Uring<T> {
@@ -44,8 +66,10 @@ impl<T> Uring<T> {
     ///
     /// # Errors
     /// The errno of making it: ENOSYS or EPERM where kernel or sandbox have no io_uring, or cannot ring.
-    pub fn new(one_thread: bool, reactor_cpus: Vec<u32>, bell: Option<&Bell>) -> Result<Self, i32> {
-        let mut ring = Ring::new(&RingOptions { entries: ENTRIES, one_thread, reactor_cpus })?;
+    pub fn new(options: &UringOptions, bell: Option<&Bell>) -> Result<Self, i32> {
+        let UringOptions { one_thread, ref reactor_cpus, help } = *options;
+        let of = |entries| RingOptions { entries, one_thread, reactor_cpus: reactor_cpus.clone() };
+        let mut ring = Ring::new(&of(ENTRIES))?;
         if !ring.features().files {
             return Err(libc::ENOSYS);
         }
@@ -53,15 +77,25 @@ impl<T> Uring<T> {
             return Err(libc::EOPNOTSUPP);
         }
         ring.register_hugepages();
-        Ok(Uring {
-            ring,
-            in_flight: std::iter::repeat_with(|| None).take(ENTRIES as usize).collect(),
+        let mut polled = None;
+        // (A reactor that may sleep is there to save processors.)
+        if help != Help::Off && bell.is_none() {
+            match Ring::new_polled(&of(ENTRIES)) {
+                Ok(mut ring) => {
+                    ring.register_hugepages();
+                    polled = Some(ring);
+                }
+                Err(errno) => tracing::debug!("no polled ring: {}", crate::error::reason(errno)),
+            }
+        }
+        let help = if polled.is_some() { help } else { Help::Off };
+        let flights = Flights {
+            places: std::iter::repeat_with(|| None).take(ENTRIES as usize).collect(),
             free: (0..ENTRIES).rev().collect(),
-            waiting: List::default(),
-            files: Vec::new(),
             ages: Arc::new(Ages((0..ENTRIES).map(|_| Default::default()).collect())),
-            troubled: false,
-        })
+        };
+        let (balance, waiting, files) = (Balance::new(help), List::default(), Vec::new());
+        Ok(Uring { ring, polled, balance, flights, waiting, files, troubled: false })
     }
 
     /// Whether this kernel lets us make rings with what the engine needs.
@@ -73,20 +107,26 @@ impl<T> Uring<T> {
         if ring.features().files { Ok(()) } else { Err(libc::ENOSYS) }
     }
 
-    /// What the kernel could do for this ring.
-    pub fn features(&self) -> Features {
-        self.ring.features()
+    /// What the kernel could do for this ring, and for the polled one beside it.
+    pub fn features(&self) -> (Features, Option<Features>) {
+        (self.ring.features(), self.polled.as_ref().map(Ring::features))
+    }
+
+    /// How many I/O the kernel's own thread got.
+    pub fn helped(&self) -> u64 {
+        self.balance.given()
     }
 
     /// The times of submission, for statistics.
     pub fn ages(&self) -> &Arc<Ages> {
-        &self.ages
+        &self.flights.ages
     }
 
     /// Registers a file; its slot, or `None` when there is none left.
     pub fn add_file(&mut self, fd: BorrowedFd<'_>) -> Option<u32> {
         let slot = self.files.iter().position(|used| !used).unwrap_or(self.files.len());
-        if !self.ring.register_file(slot as u32, fd) {
+        if !self.rings().all(|ring| ring.register_file(slot as u32, fd)) {
+            self.rings().for_each(|ring| ring.unregister_file(slot as u32));
             return None;
         }
         if slot == self.files.len() {
@@ -98,86 +138,112 @@ impl<T> Uring<T> {
 
     /// Gives a slot back; nothing is in flight on it.
     pub fn remove_file(&mut self, slot: u32) {
-        self.ring.unregister_file(slot);
+        self.rings().for_each(|ring| ring.unregister_file(slot));
         self.files[slot as usize] = false;
     }
 
+    fn rings(&mut self) -> impl Iterator<Item = &mut Ring> {
+        std::iter::once(&mut self.ring).chain(&mut self.polled)
+    }
+
     /// Takes a read or write in, on the file in `slot`; the next [`Uring::enter`] hands it over.
+    #[inline]
     pub fn submit(&mut self, mut request: Placed<Request<T>>, slot: u32) {
         request.port = slot;
-        if self.waiting.is_empty() {
-            if let Err(request) = self.push(request) {
-                self.waiting.push_back(request);
-            }
-        } else {
-            self.waiting.push_back(request);
-        }
+        self.waiting.push_back(request);
     }
 
-    fn push(&mut self, request: Placed<Request<T>>) -> Result<(), Placed<Request<T>>> {
-        let Some(&place) = self.free.last() else { return Err(request) };
-        let write = request.op == Op::Write;
-        if self.ring.push(write, request.port, &request.iovs, request.offset_bytes, place.into()).is_err() {
-            return Err(request);
-        }
-        self.free.pop();
-        let age = &self.ages.0[place as usize];
-        age.1.store(request.volume.into(), Ordering::Relaxed);
-        age.0.store(request.submitted, Ordering::Relaxed);
-        self.in_flight[place as usize] = Some(request);
-        Ok(())
-    }
-
-    /// Hands over what was submitted: one system call at most. Whether that has to be tried again although nothing completes.
+    /// Hands over what was submitted: one system call, and seldom a second that wakes the kernel's thread. Whether it is to be called
+    /// again although nothing completes.
     pub fn enter(&mut self) -> bool {
-        while !self.free.is_empty()
-            && let Some(request) = self.waiting.pop_front()
+        let Uring { ring, polled, balance, flights, waiting, troubled, .. } = self;
+        let start = clock::now();
+        if let Some(ring) = polled
+            && !waiting.is_empty()
+            && balance.wants_help()
         {
-            if let Err(request) = self.push(request) {
-                // (The submission queue is as long as there are places; this is for a kernel that made it shorter.)
-                let mut rest = std::mem::take(&mut self.waiting);
-                self.waiting.push_back(request);
-                self.waiting.append(&mut rest);
-                break;
-            }
+            let mut batch = ring.batch();
+            let share = balance.share(waiting.len(), batch.backlog(), start);
+            let gave = flights.hand_over(waiting, &mut batch, share);
+            drop(batch);
+            balance.gave(gave);
+            try_entering(ring, troubled);
         }
-        match self.ring.enter() {
-            Ok(()) => return false,
-            Err(libc::EBUSY | libc::EAGAIN) => {}
-            Err(errno) => {
-                if !std::mem::replace(&mut self.troubled, true) {
-                    tracing::error!("io_uring_enter: {}; trying on", crate::error::reason(errno));
-                }
-            }
-        }
-        true
+        let count =
+            if waiting.is_empty() { 0 } else { flights.hand_over(waiting, &mut ring.batch(), balance.budget()) };
+        let again = try_entering(ring, troubled);
+        balance.entered(count, start, clock::now());
+        again || !waiting.is_empty()
     }
 
     /// Takes what has completed: into `done` with its result, or into `again` for the workers to execute anew.
     pub fn reap(&mut self, done: &mut List<Request<T>>, again: &mut List<Request<T>>) {
-        let Uring { ring, in_flight, free, ages, .. } = self;
-        ring.reap(|place, result| {
-            let Some(mut request) = in_flight[place as usize].take() else { return };
-            ages.0[place as usize].0.store(0, Ordering::Relaxed);
-            free.push(place as u32);
-            match result {
-                n if n >= 0 && n as u64 == request.len_bytes => {
-                    request.conclude(Ok(()));
-                    done.push_back(request);
+        let Uring { ring, polled, flights, .. } = self;
+        for ring in std::iter::once(ring).chain(polled) {
+            ring.reap(|place, result| {
+                let Some(mut request) = flights.land(place as u32) else { return };
+                match result {
+                    n if n >= 0 && n as u64 == request.len_bytes => {
+                        request.conclude(Ok(()));
+                        done.push_back(request);
+                    }
+                    e if e < 0 && is_final(-e) => {
+                        request.conclude(Err(-e));
+                        done.push_back(request);
+                    }
+                    _ => again.push_back(request),
                 }
-                e if e < 0 && is_final(-e) => {
-                    request.conclude(Err(-e));
-                    done.push_back(request);
-                }
-                _ => again.push_back(request),
-            }
-        });
+            });
+        }
     }
 
     /// Whether nothing is submitted that has not come back.
     pub fn is_idle(&self) -> bool {
-        self.ring.in_flight() == 0 && self.waiting.is_empty()
+        self.flights.free.len() == ENTRIES as usize && self.waiting.is_empty()
     }
+}
+
+impl<T> Flights<T> {
+    /// Pushes up to `count` of `waiting`; how many it were. (No more than there are places, and room in the ring.)
+    fn hand_over(&mut self, waiting: &mut List<Request<T>>, batch: &mut Batch<'_>, count: usize) -> usize {
+        for done in 0..count {
+            let Some(&place) = self.free.last() else { return done };
+            let Some(request) = waiting.pop_front() else { return done };
+            let write = request.op == Op::Write;
+            if let Err(Full) = batch.push(write, request.port, &request.iovs, request.offset_bytes, place.into()) {
+                waiting.push_front(request);
+                return done;
+            }
+            self.free.pop();
+            let age = &self.ages.0[place as usize];
+            age.1.store(request.volume.into(), Ordering::Relaxed);
+            age.0.store(request.submitted, Ordering::Relaxed);
+            self.places[place as usize] = Some(request);
+        }
+        count
+    }
+
+    /// Takes the request in a place back.
+    fn land(&mut self, place: u32) -> Option<Placed<Request<T>>> {
+        let request = self.places[place as usize].take()?;
+        self.ages.0[place as usize].0.store(0, Ordering::Relaxed);
+        self.free.push(place);
+        Some(request)
+    }
+}
+
+/// Enters a ring; whether that has to be tried again.
+fn try_entering(ring: &mut Ring, troubled: &mut bool) -> bool {
+    match ring.enter() {
+        Ok(()) => return false,
+        Err(libc::EBUSY | libc::EAGAIN) => {}
+        Err(errno) => {
+            if !std::mem::replace(troubled, true) {
+                tracing::error!("io_uring_enter: {}; trying on", crate::error::reason(errno));
+            }
+        }
+    }
+    true
 }
 
 impl<T> Drop for Uring<T> {

@@ -4,7 +4,7 @@ use super::device::Shared;
 use super::state;
 use crate::engine::stats::Counters;
 use crate::engine::uring::Ages;
-use crate::engine::{Op, Port, Request, Uring, Volume};
+use crate::engine::{Help, Op, Port, Request, Uring, UringOptions, Volume};
 use crate::os::bell::Bell;
 use crate::os::clock::{self, Ticks};
 use crate::os::iov::IoVecs;
@@ -143,7 +143,12 @@ impl Inner {
     fn register(&self, volume: &Volume<Token>) -> Option<u32> {
         let mut ring = self.ring.borrow_mut();
         if ring.is_none() {
-            match Uring::new(thread::STAYS_ON_ITS_CORE, thread::reactor_cpus(), self.bell.as_deref()) {
+            let options = UringOptions {
+                one_thread: thread::STAYS_ON_ITS_CORE,
+                reactor_cpus: thread::reactor_cpus(),
+                help: if super::options::current().sqpoll { Help::Auto } else { Help::Off },
+            };
+            match Uring::new(&options, self.bell.as_deref()) {
                 Ok(new) => {
                     tracing::debug!("io_uring: {:?}", new.features());
                     let mut all = RINGS.lock().unwrap_or_else(PoisonError::into_inner);

@@ -34,6 +34,8 @@ pub struct Options {
     pub lock_check: u32,
     /// A call that takes longer is reported, in seconds, 1 to 3600.
     pub stall_warn: u32,
+    /// Whether a thread of the kernel's submits for a reactor whose time goes by with that. For rings that are made from then on.
+    pub sqpoll: bool,
 }
 
 impl Options {
@@ -48,6 +50,7 @@ impl Options {
         lock_timeout: 30,
         lock_check: 10,
         stall_warn: 30,
+        sqpoll: true,
     };
 
     /// What of them the workers need.
@@ -85,6 +88,7 @@ pub struct OptionsChange {
     lock_timeout: Option<u32>,
     lock_check: Option<u32>,
     stall_warn: Option<u32>,
+    sqpoll: Option<bool>,
 }
 
 impl OptionsChange {
@@ -124,6 +128,7 @@ impl OptionsChange {
         set("lock_timeout", &mut new.lock_timeout, self.lock_timeout, 1, 3600)?;
         set("lock_check", &mut new.lock_check, self.lock_check, 1, 3600)?;
         set("stall_warn", &mut new.stall_warn, self.stall_warn, 1, 3600)?;
+        new.sqpoll = self.sqpoll.unwrap_or(new.sqpoll);
         *OPTIONS.lock().unwrap_or_else(PoisonError::into_inner) = new.clone();
         Ok(new)
     }

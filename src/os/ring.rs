@@ -1,11 +1,15 @@
 //! An io_uring for direct reads and writes: registered files, registered memory, completions without interrupts where the kernel
 //! can; each of those is tried and done without where it cannot.
+//!
+//! A ring is entered by the thread that pushes, or it is a *polled* one (SQPOLL): then a thread of the kernel's takes what is pushed,
+//! on a processor where no reactor is, and sleeps when nothing comes for a while.
 
 use super::iov::IoVecs;
-use super::thread::CpuSet;
+use super::thread::{self, CpuSet};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Mutex, PoisonError};
 
 /// Slots for registered files.
 const FILES: u32 = 512;
@@ -13,6 +17,11 @@ const FILES: u32 = 512;
 const MAX_BUFFER_BYTES: usize = 1 << 30;
 /// And we register at most so many.
 const MAX_BUFFERS: usize = 256;
+/// How long the kernel's thread of a polled ring looks for more before it sleeps.
+const POLL_IDLE_MS: u32 = 1;
+
+/// The polled rings there are. They share threads when there are more of them than processors for those.
+static POLLED: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
 
 /// What any ring has registered lies between these two addresses.
 static REGISTERED: (AtomicUsize, AtomicUsize) = (AtomicUsize::new(usize::MAX), AtomicUsize::new(0));
@@ -50,6 +59,8 @@ pub struct Features {
     pub buffers: usize,
     /// Scattered memory can be registered memory, too.
     pub vectored_fixed: bool,
+    /// A thread of the kernel's takes what is pushed.
+    pub polled: bool,
 }
 
 /// A ring.
@@ -60,10 +71,25 @@ pub struct Features {
 pub struct Ring {
     ring: IoUring,
     in_flight: u32,
+    memory: Memory,
+    features: Features,
+}
+
+/// What memory a ring has registered.
+#[derive(Default)]
+struct Memory {
     buffers: Vec<(usize, usize)>,
     /// [`FORGOTTEN`] when the buffers were registered.
     forgotten: u64,
-    features: Features,
+    /// Scattered memory can be registered memory, too.
+    vectored: bool,
+}
+
+/// A ring that I/O is being pushed to. The kernel sees what was pushed when this is dropped.
+pub struct Batch<'a> {
+    queue: squeue::SubmissionQueue<'a>,
+    in_flight: &'a mut u32,
+    memory: &'a Memory,
 }
 
 /// An I/O that was refused: the ring is full.
@@ -97,15 +123,46 @@ impl Ring {
             }
         };
         let ring = ring.map_err(|e| e.raw_os_error().unwrap_or(libc::ENOSYS))?;
-        let mut this = Ring { ring, in_flight: 0, buffers: Vec::new(), forgotten: 0, features: Features::default() };
+        let mut this = Ring::around(ring, options);
         this.features.deferred = is_deferred;
-        this.features.files = this.ring.submitter().register_files_sparse(FILES).is_ok();
-        // Helper threads inherit the pinning of whoever makes the ring: away from the reactor that never sleeps.
-        let _ = this.ring.submitter().register_iowq_aff(CpuSet::but(&options.reactor_cpus).raw());
         if options.one_thread {
             let _ = this.ring.submitter().register_ring_fd();
         }
         Ok(this)
+    }
+
+    /// Makes a polled ring. Never more of the kernel's threads than processors without a reactor: further rings share.
+    ///
+    /// # Errors
+    /// ENODEV when every processor has a reactor; the errno of io_uring_setup: EPERM where the kernel is old and we may not.
+    pub fn new_polled(options: &RingOptions) -> Result<Self, i32> {
+        let free = thread::cpus_but(&options.reactor_cpus);
+        // Held meanwhile: a ring that others attach to must not be closed before they have.
+        let mut polled = POLLED.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = polled.len();
+        let &cpu = free.get(turn % free.len().max(1)).ok_or(libc::ENODEV)?;
+        let mut builder = IoUring::builder();
+        // Pinned: where it is not, the kernel lets it take any processor, a reactor's, too.
+        builder.setup_sqpoll(POLL_IDLE_MS).setup_sqpoll_cpu(cpu);
+        if turn >= free.len() {
+            builder.setup_attach_wq(polled[turn % free.len()]);
+        }
+        let ring = builder.setup_cqsize(options.entries * 2).dontfork().build(options.entries);
+        let ring = ring.map_err(|e| e.raw_os_error().unwrap_or(libc::ENOSYS))?;
+        polled.push(ring.as_raw_fd());
+        drop(polled);
+        let mut this = Ring::around(ring, options);
+        this.features.polled = true;
+        Ok(this)
+    }
+
+    /// What all rings have.
+    fn around(ring: IoUring, options: &RingOptions) -> Self {
+        let mut this = Ring { ring, in_flight: 0, memory: Memory::default(), features: Features::default() };
+        this.features.files = this.ring.submitter().register_files_sparse(FILES).is_ok();
+        // Helper threads inherit the pinning of whoever makes the ring: away from the reactor that never sleeps.
+        let _ = this.ring.submitter().register_iowq_aff(CpuSet::but(&options.reactor_cpus).raw());
+        this
     }
 
     /// What the kernel could do for this ring.
@@ -115,7 +172,7 @@ impl Ring {
 
     /// Registers this process's hugepages, where SPDK's buffers are. Memory that comes later is used unregistered.
     pub fn register_hugepages(&mut self) {
-        self.forgotten = FORGOTTEN.load(Ordering::SeqCst);
+        self.memory.forgotten = FORGOTTEN.load(Ordering::SeqCst);
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let regions = hugepage_regions(&maps);
         let iovecs: Vec<libc::iovec> =
@@ -129,11 +186,12 @@ impl Ring {
         // mapping has changed are not looked up any more (`forget_memory`).
         if !iovecs.is_empty() && unsafe { self.ring.submitter().register_buffers(&iovecs) }.is_ok() {
             self.features.buffers = regions.len();
-            self.buffers = regions;
+            self.memory.buffers = regions;
             let mut probe = io_uring::Probe::new();
             self.features.vectored_fixed = self.ring.submitter().register_probe(&mut probe).is_ok()
                 && probe.is_supported(opcode::ReadvFixed::CODE)
                 && probe.is_supported(opcode::WritevFixed::CODE);
+            self.memory.vectored = self.features.vectored_fixed;
         }
     }
 
@@ -149,78 +207,34 @@ impl Ring {
         let _ = self.ring.submitter().register_files_update(slot, &[-1]);
     }
 
-    /// The registered buffer that `address..address + len` lies in.
-    fn buffer_of(&self, address: usize, len: usize) -> Option<u16> {
-        if FORGOTTEN.load(Ordering::Acquire) != self.forgotten {
-            return None;
-        }
-        let inside = |&(start, size): &(usize, usize)| address >= start && address + len <= start + size;
-        self.buffers.iter().position(inside).map(|i| i as u16)
+    /// Begins to push I/O.
+    pub fn batch(&mut self) -> Batch<'_> {
+        Batch { queue: self.ring.submission(), in_flight: &mut self.in_flight, memory: &self.memory }
     }
 
-    /// Queues a read (or write) of `iovs` at `offset_bytes` of the file in `slot`; [`Ring::enter`] hands it to the kernel.
-    /// `user_data` comes back with its result.
-    ///
-    /// # Errors
-    /// [`Full`]; nothing was queued.
-    pub fn push(
-        &mut self,
-        write: bool,
-        slot: u32,
-        iovs: &IoVecs,
-        offset_bytes: u64,
-        user_data: u64,
-    ) -> Result<(), Full> {
-        let fd = types::Fixed(slot);
-        let segments = iovs.segments();
-        let entry: squeue::Entry = if let [segment] = segments {
-            let (buffer, len) = (segment.iov_base.cast::<u8>(), segment.iov_len as u32);
-            match (write, self.buffer_of(buffer as usize, segment.iov_len)) {
-                (false, Some(i)) => opcode::ReadFixed::new(fd, buffer, len, i).offset(offset_bytes).build(),
-                (true, Some(i)) => opcode::WriteFixed::new(fd, buffer, len, i).offset(offset_bytes).build(),
-                (false, None) => opcode::Read::new(fd, buffer, len).offset(offset_bytes).build(),
-                (true, None) => opcode::Write::new(fd, buffer, len).offset(offset_bytes).build(),
-            }
-        } else {
-            let (first, count) = (segments.as_ptr(), segments.len() as u32);
-            let all_in = |i: u16| segments.iter().all(|s| self.buffer_of(s.iov_base as usize, s.iov_len) == Some(i));
-            let buffer = segments.first().and_then(|s| self.buffer_of(s.iov_base as usize, s.iov_len));
-            match (write, buffer.filter(|&i| self.features.vectored_fixed && all_in(i))) {
-                (false, Some(i)) => opcode::ReadvFixed::new(fd, first, count, i).offset(offset_bytes).build(),
-                (true, Some(i)) => opcode::WritevFixed::new(fd, first, count, i).offset(offset_bytes).build(),
-                (false, None) => opcode::Readv::new(fd, first, count).offset(offset_bytes).build(),
-                (true, None) => opcode::Writev::new(fd, first, count).offset(offset_bytes).build(),
-            }
-        };
-        // SAFETY: array and segments stay valid until the request is answered (the invariant of IoVecs), which its owner does
-        // after the completion only; the ring's own drop waits for those that nobody waited for.
-        unsafe { self.ring.submission().push(&entry.user_data(user_data)) }.map_err(|_| Full)?;
-        self.in_flight += 1;
-        Ok(())
-    }
-
-    /// Hands over what is queued, and lets the kernel post what has completed. One system call, none when there is nothing to do.
+    /// Hands over what is queued, and lets the kernel post what has completed. One system call, none when there is nothing to do, or
+    /// when the kernel's own thread is awake.
     ///
     /// # Errors
     /// The errno, when the kernel takes nothing now (EBUSY, EAGAIN: try again after reaping).
     pub fn enter(&mut self) -> Result<(), i32> {
+        if self.features.polled {
+            // Between what was pushed and the look at whether the kernel's thread sleeps: it does the same the other way round.
+            fence(Ordering::SeqCst);
+        }
         let queue = self.ring.submission();
         let (queued, pending) = (queue.len(), queue.taskrun() || queue.cq_overflow());
+        let asleep = self.features.polled && queue.need_wakeup();
         drop(queue);
-        if queued == 0 && !pending {
+        if (queued == 0 || (self.features.polled && !asleep)) && !pending {
             return Ok(());
         }
         const GETEVENTS: u32 = 1;
+        const SQ_WAKEUP: u32 = 2;
+        let flags = if pending { GETEVENTS } else { 0 } | if asleep { SQ_WAKEUP } else { 0 };
         loop {
             // SAFETY: no argument structure is passed.
-            let result = unsafe {
-                self.ring.submitter().enter::<libc::sigset_t>(
-                    queued as u32,
-                    0,
-                    if pending { GETEVENTS } else { 0 },
-                    None,
-                )
-            };
+            let result = unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued as u32, 0, flags, None) };
             match result.map_err(|e| e.raw_os_error().unwrap_or(libc::EIO)) {
                 Ok(_) => return Ok(()),
                 Err(libc::EINTR) => {}
@@ -252,6 +266,66 @@ impl Ring {
     }
 }
 
+impl Memory {
+    /// The registered buffer that `address..address + len` lies in.
+    fn buffer_of(&self, address: usize, len: usize) -> Option<u16> {
+        if FORGOTTEN.load(Ordering::Acquire) != self.forgotten {
+            return None;
+        }
+        let inside = |&(start, size): &(usize, usize)| address >= start && address + len <= start + size;
+        self.buffers.iter().position(inside).map(|i| i as u16)
+    }
+}
+
+impl Batch<'_> {
+    /// Queues a read (or write) of `iovs` at `offset_bytes` of the file in `slot`; [`Ring::enter`] hands it to the kernel.
+    /// `user_data` comes back with its result.
+    ///
+    /// # Errors
+    /// [`Full`]; nothing was queued.
+    pub fn push(
+        &mut self,
+        write: bool,
+        slot: u32,
+        iovs: &IoVecs,
+        offset_bytes: u64,
+        user_data: u64,
+    ) -> Result<(), Full> {
+        let fd = types::Fixed(slot);
+        let segments = iovs.segments();
+        let entry: squeue::Entry = if let [segment] = segments {
+            let (buffer, len) = (segment.iov_base.cast::<u8>(), segment.iov_len as u32);
+            match (write, self.memory.buffer_of(buffer as usize, segment.iov_len)) {
+                (false, Some(i)) => opcode::ReadFixed::new(fd, buffer, len, i).offset(offset_bytes).build(),
+                (true, Some(i)) => opcode::WriteFixed::new(fd, buffer, len, i).offset(offset_bytes).build(),
+                (false, None) => opcode::Read::new(fd, buffer, len).offset(offset_bytes).build(),
+                (true, None) => opcode::Write::new(fd, buffer, len).offset(offset_bytes).build(),
+            }
+        } else {
+            let (first, count) = (segments.as_ptr(), segments.len() as u32);
+            let all_in =
+                |i: u16| segments.iter().all(|s| self.memory.buffer_of(s.iov_base as usize, s.iov_len) == Some(i));
+            let buffer = segments.first().and_then(|s| self.memory.buffer_of(s.iov_base as usize, s.iov_len));
+            match (write, buffer.filter(|&i| self.memory.vectored && all_in(i))) {
+                (false, Some(i)) => opcode::ReadvFixed::new(fd, first, count, i).offset(offset_bytes).build(),
+                (true, Some(i)) => opcode::WritevFixed::new(fd, first, count, i).offset(offset_bytes).build(),
+                (false, None) => opcode::Readv::new(fd, first, count).offset(offset_bytes).build(),
+                (true, None) => opcode::Writev::new(fd, first, count).offset(offset_bytes).build(),
+            }
+        };
+        // SAFETY: array and segments stay valid until the request is answered (the invariant of IoVecs), which its owner does
+        // after the completion only; the ring's own drop waits for those that nobody waited for.
+        unsafe { self.queue.push(&entry.user_data(user_data)) }.map_err(|_| Full)?;
+        *self.in_flight += 1;
+        Ok(())
+    }
+
+    /// How many the kernel has not taken yet.
+    pub fn backlog(&self) -> usize {
+        self.queue.len()
+    }
+}
+
 impl Drop for Ring {
     fn drop(&mut self) {
         while self.in_flight > 0 {
@@ -263,6 +337,10 @@ impl Drop for Ring {
                 std::process::abort();
             }
             self.reap(|_, _| {});
+        }
+        if self.features.polled {
+            let fd = self.ring.as_raw_fd();
+            POLLED.lock().unwrap_or_else(PoisonError::into_inner).retain(|&other| other != fd);
         }
     }
 }
@@ -300,11 +378,18 @@ mod tests {
         Ring::new(&RingOptions { entries: 8, one_thread, reactor_cpus: Vec::new() }).unwrap()
     }
 
+    /// For tests with polled rings: they would share threads, and move each other's.
+    static ALONE: Mutex<()> = Mutex::new(());
+
+    fn polled() -> Ring {
+        Ring::new_polled(&RingOptions { entries: 8, one_thread: true, reactor_cpus: Vec::new() }).unwrap()
+    }
+
     #[test]
     fn reads_what_it_wrote_and_reports_short_reads() {
-        for one_thread in [true, false] {
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        for mut ring in [ring(true), ring(false), polled()] {
             let file = tempfile::tempfile().unwrap();
-            let mut ring = ring(one_thread);
             assert!(ring.register_file(3, file.as_fd()));
             let out = LeakedBuffers::new(&[4096, 512], 0, 7);
             let back = LeakedBuffers::new(&[8192], 0, 0);
@@ -316,28 +401,32 @@ mod tests {
                 }
                 results
             };
-            ring.push(true, 3, &out.iovs(), 100, 42).unwrap();
+            ring.batch().push(true, 3, &out.iovs(), 100, 42).unwrap();
             assert_eq!(wait(&mut ring), [(42, 4608)]);
-            ring.push(false, 3, &back.iovs(), 100, 43).unwrap();
+            ring.batch().push(false, 3, &back.iovs(), 100, 43).unwrap();
             assert_eq!(wait(&mut ring), [(43, 4608)]);
             assert!(back.get()[..4608].iter().all(|&b| b == 7));
             ring.unregister_file(3);
-            ring.push(false, 3, &back.iovs(), 0, 44).unwrap();
+            ring.batch().push(false, 3, &back.iovs(), 0, 44).unwrap();
             assert_eq!(wait(&mut ring), [(44, -libc::EBADF)]);
         }
     }
 
     #[test]
     fn a_full_ring_says_so_and_a_dropped_one_waits() {
-        let file = tempfile::tempfile().unwrap();
-        let mut ring = ring(true);
-        assert!(ring.register_file(0, file.as_fd()));
-        let buffer = LeakedBuffers::new(&[4096], 0, 1);
-        let pushed = (0..100).take_while(|&i| ring.push(true, 0, &buffer.iovs(), i * 4096, i).is_ok()).count();
-        assert_eq!(pushed, 8);
-        assert_eq!(ring.in_flight(), 8);
-        drop(ring);
-        assert_eq!(file.metadata().unwrap().len(), 8 * 4096, "all that was pushed was done");
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        for mut ring in [ring(true), polled()] {
+            let file = tempfile::tempfile().unwrap();
+            assert!(ring.register_file(0, file.as_fd()));
+            let buffer = LeakedBuffers::new(&[4096], 0, 1);
+            let mut batch = ring.batch();
+            let pushed = (0..100).take_while(|&i| batch.push(true, 0, &buffer.iovs(), i * 4096, i).is_ok()).count();
+            assert_eq!((pushed, batch.backlog()), (8, 8));
+            drop(batch);
+            assert_eq!(ring.in_flight(), 8);
+            drop(ring);
+            assert_eq!(file.metadata().unwrap().len(), 8 * 4096, "all that was pushed was done");
+        }
     }
 
     #[test]
@@ -350,20 +439,54 @@ mod tests {
         // As register_hugepages does it, with memory of ours.
         // SAFETY: leaked memory stays.
         unsafe { ring.ring.submitter().register_buffers(buffer.iovs().segments()) }.unwrap();
-        ring.buffers = vec![(address, 4096)];
-        ring.forgotten = FORGOTTEN.load(Ordering::SeqCst);
+        ring.memory.buffers = vec![(address, 4096)];
+        ring.memory.forgotten = FORGOTTEN.load(Ordering::SeqCst);
         REGISTERED.0.fetch_min(address, Ordering::SeqCst);
         REGISTERED.1.fetch_max(address + 4096, Ordering::SeqCst);
-        assert_eq!((ring.buffer_of(address, 4096), ring.buffer_of(address, 4097)), (Some(0), None));
+        assert_eq!((ring.memory.buffer_of(address, 4096), ring.memory.buffer_of(address, 4097)), (Some(0), None));
         forget_memory(0x1000, 0x1000);
-        assert_eq!(ring.buffer_of(address, 4096), Some(0), "somebody else's memory");
+        assert_eq!(ring.memory.buffer_of(address, 4096), Some(0), "somebody else's memory");
         forget_memory(address, 4096);
-        assert_eq!(ring.buffer_of(address, 4096), None);
-        ring.push(true, 0, &buffer.iovs(), 0, 1).unwrap();
+        assert_eq!(ring.memory.buffer_of(address, 4096), None);
+        ring.batch().push(true, 0, &buffer.iovs(), 0, 1).unwrap();
         while ring.in_flight() > 0 {
             ring.enter().unwrap();
             ring.reap(|_, result| assert_eq!(result, 4096, "written as any other memory"));
         }
+    }
+
+    /// Where the kernel's threads of this process's polled rings may run.
+    fn processors_of_sq_threads() -> Vec<String> {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let of_task = |task: std::io::Result<std::fs::DirEntry>| {
+            let status = std::fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+            let field = |name| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
+            field("Name:").starts_with("iou-sqp-").then(|| field("Cpus_allowed_list:").to_owned())
+        };
+        tasks.filter_map(of_task).collect()
+    }
+
+    #[test]
+    fn polled_rings_keep_away_from_reactors_and_share_threads() {
+        let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        // (Those of other tests' rings end when the kernel finds the time.)
+        while !processors_of_sq_threads().is_empty() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let online = thread::cpus_but(&[]);
+        let options = |reactor_cpus| RingOptions { entries: 8, one_thread: true, reactor_cpus };
+        assert_eq!(Ring::new_polled(&options(online.clone())).err(), Some(libc::ENODEV), "no processor is left");
+        let rings: Vec<Ring> =
+            (0..online.len() + 1).map(|_| Ring::new_polled(&options(online[1..].to_vec())).unwrap()).collect();
+        assert_eq!(processors_of_sq_threads(), [online[0].to_string()], "one thread for all");
+        let file = tempfile::tempfile().unwrap();
+        let buffer = LeakedBuffers::new(&[4096], 0, 5);
+        for (i, mut ring) in rings.into_iter().enumerate() {
+            assert!(ring.register_file(0, file.as_fd()));
+            ring.batch().push(true, 0, &buffer.iovs(), i as u64 * 4096, 1).unwrap();
+            drop(ring);
+        }
+        assert_eq!(file.metadata().unwrap().len(), (online.len() as u64 + 1) * 4096);
     }
 
     #[test]

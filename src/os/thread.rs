@@ -38,7 +38,31 @@ impl CpuSet {
 
 /// How many processors there are beside those in `excluded`.
 pub fn processors_but(excluded: &[u32]) -> usize {
-    online_cpus().iter().filter(|cpu| !excluded.contains(cpu)).count()
+    cpus_but(excluded).len()
+}
+
+/// The processors that this process may use, without those in `excluded`.
+pub(super) fn cpus_but(excluded: &[u32]) -> Vec<u32> {
+    allowed_cpus().into_iter().filter(|cpu| !excluded.contains(cpu)).collect()
+}
+
+/// The processors that the cgroup lets us use, however the calling thread is pinned: a thread that asks for all of them gets those.
+fn allowed_cpus() -> Vec<u32> {
+    let ask = || {
+        set_affinity(&CpuSet::but(&[]));
+        // SAFETY: an all-zero cpu_set_t is the empty set.
+        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: 0 is the calling thread; the set is live and its size is given.
+        if unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) } != 0 {
+            return online_cpus();
+        }
+        // SAFETY: the indices are less than the set's size.
+        (0..libc::CPU_SETSIZE as u32).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu as usize, &set) }).collect()
+    };
+    std::thread::scope(|scope| {
+        let asked = std::thread::Builder::new().spawn_scoped(scope, ask);
+        asked.ok().and_then(|thread| thread.join().ok()).unwrap_or_else(online_cpus)
+    })
 }
 
 fn online_cpus() -> Vec<u32> {
@@ -85,6 +109,8 @@ mod tests {
             run_anywhere_but(&[0]);
             run_anywhere_but(&online_cpus());
             assert_eq!(processors_but(&online_cpus()), 0);
+            assert!(set_affinity(&CpuSet::but(&[0])) && online_cpus().len() > 1);
+            assert!(allowed_cpus().contains(&0), "whatever this thread is pinned to");
             assert!(std::thread::available_parallelism().unwrap().get() >= 1);
         })
         .join()
