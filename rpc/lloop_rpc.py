@@ -107,6 +107,8 @@ def spdk_rpc_plugin_initialize(subparsers):
     m.option('--lock-timeout', type=int, metavar='SECONDS', help='how long a lock is waited for, 1 to 3600')
     m.option('--lock-check', type=int, metavar='SECONDS', help='how often locks and files are looked at, 1 to 3600')
     m.option('--stall-warn', type=int, metavar='SECONDS', help='a call that takes longer is reported, 1 to 3600')
+    m.flag('--sqpoll', help='threads of the kernel submit for reactors that cannot keep up')
+    m.flag('--no-sqpoll', value=False, dest='sqpoll', help='they do not')
 
     Method(subparsers, 'bdev_lloop_get_options', "Show the module's options")
 

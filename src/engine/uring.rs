@@ -31,13 +31,22 @@ pub struct UringOptions {
     pub help: Help,
 }
 
-/// When each I/O in flight was submitted, by its place; 0 for a free one. For statistics, read by other threads.
-pub struct Ages(Box<[(AtomicU64, AtomicU64)]>);
+/// What other threads may know of a ring, for statistics.
+pub struct Watch {
+    /// When each I/O in flight was submitted, by its place, and of which volume it is; 0 for a free place.
+    ages: Box<[(AtomicU64, AtomicU64)]>,
+    helped: AtomicU64,
+}
 
-impl Ages {
+impl Watch {
+    /// How many I/O the kernel's own thread has got.
+    pub fn helped(&self) -> u64 {
+        self.helped.load(Ordering::Relaxed)
+    }
+
     /// When the oldest I/O in flight of `volume` was submitted.
     pub fn oldest(&self, volume: u32) -> Option<Ticks> {
-        let of_volume = self.0.iter().filter(|(_, l)| l.load(Ordering::Relaxed) == u64::from(volume));
+        let of_volume = self.ages.iter().filter(|(_, l)| l.load(Ordering::Relaxed) == u64::from(volume));
         of_volume.map(|(submitted, _)| submitted.load(Ordering::Relaxed)).filter(|&t| t != 0).min()
     }
 }
@@ -58,7 +67,7 @@ pub struct Uring<T> {
 struct Flights<T> {
     places: Vec<Option<Placed<Request<T>>>>,
     free: Vec<u32>,
-    ages: Arc<Ages>,
+    watch: Arc<Watch>,
 }
 
 impl<T> Uring<T> {
@@ -92,7 +101,10 @@ impl<T> Uring<T> {
         let flights = Flights {
             places: std::iter::repeat_with(|| None).take(ENTRIES as usize).collect(),
             free: (0..ENTRIES).rev().collect(),
-            ages: Arc::new(Ages((0..ENTRIES).map(|_| Default::default()).collect())),
+            watch: Arc::new(Watch {
+                ages: (0..ENTRIES).map(|_| Default::default()).collect(),
+                helped: AtomicU64::new(0),
+            }),
         };
         let (balance, waiting, files) = (Balance::new(help), List::default(), Vec::new());
         Ok(Uring { ring, polled, balance, flights, waiting, files, troubled: false })
@@ -112,14 +124,9 @@ impl<T> Uring<T> {
         (self.ring.features(), self.polled.as_ref().map(Ring::features))
     }
 
-    /// How many I/O the kernel's own thread got.
-    pub fn helped(&self) -> u64 {
-        self.balance.given()
-    }
-
-    /// The times of submission, for statistics.
-    pub fn ages(&self) -> &Arc<Ages> {
-        &self.flights.ages
+    /// What other threads may know of it.
+    pub fn watch(&self) -> &Arc<Watch> {
+        &self.flights.watch
     }
 
     /// Registers a file; its slot, or `None` when there is none left.
@@ -167,6 +174,7 @@ impl<T> Uring<T> {
             let gave = flights.hand_over(waiting, &mut batch, share);
             drop(batch);
             balance.gave(gave);
+            flights.watch.helped.store(balance.given(), Ordering::Relaxed);
             try_entering(ring, troubled);
         }
         let count =
@@ -215,7 +223,7 @@ impl<T> Flights<T> {
                 return done;
             }
             self.free.pop();
-            let age = &self.ages.0[place as usize];
+            let age = &self.watch.ages[place as usize];
             age.1.store(request.volume.into(), Ordering::Relaxed);
             age.0.store(request.submitted, Ordering::Relaxed);
             self.places[place as usize] = Some(request);
@@ -226,7 +234,7 @@ impl<T> Flights<T> {
     /// Takes the request in a place back.
     fn land(&mut self, place: u32) -> Option<Placed<Request<T>>> {
         let request = self.places[place as usize].take()?;
-        self.ages.0[place as usize].0.store(0, Ordering::Relaxed);
+        self.watch.ages[place as usize].0.store(0, Ordering::Relaxed);
         self.free.push(place);
         Some(request)
     }

@@ -3,7 +3,7 @@
 use super::device::Shared;
 use super::state;
 use crate::engine::stats::Counters;
-use crate::engine::uring::Ages;
+use crate::engine::uring::Watch;
 use crate::engine::{Help, Op, Port, Request, Uring, UringOptions, Volume};
 use crate::os::bell::Bell;
 use crate::os::clock::{self, Ticks};
@@ -152,8 +152,8 @@ impl Inner {
                 Ok(new) => {
                     tracing::debug!("io_uring: {:?}", new.features());
                     let mut all = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
-                    all.retain(|ages| ages.strong_count() > 0);
-                    all.push(Arc::downgrade(new.ages()));
+                    all.retain(|ring| ring.strong_count() > 0);
+                    all.push(Arc::downgrade(new.watch()));
                     *ring = Some(new);
                 }
                 Err(errno) => {
@@ -193,12 +193,18 @@ impl Inner {
 }
 
 /// The rings of all threads, for statistics.
-static RINGS: Mutex<Vec<Weak<Ages>>> = Mutex::new(Vec::new());
+static RINGS: Mutex<Vec<Weak<Watch>>> = Mutex::new(Vec::new());
 
 /// When the oldest I/O of a volume that the kernel has by way of a ring was submitted.
 pub fn oldest_in_rings(volume: &Volume<Token>) -> Option<Ticks> {
     let rings = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
-    rings.iter().filter_map(|ages| ages.upgrade()?.oldest(volume.id())).min()
+    rings.iter().filter_map(|ring| ring.upgrade()?.oldest(volume.id())).min()
+}
+
+/// How many rings there are, and how many I/O went by threads of the kernel's.
+pub fn ring_counts() -> (usize, u64) {
+    let rings = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
+    rings.iter().filter_map(Weak::upgrade).fold((0, 0), |(count, helped), ring| (count + 1, helped + ring.helped()))
 }
 
 /// A device on a thread.

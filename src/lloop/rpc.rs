@@ -1,5 +1,6 @@
 //! The JSON-RPC methods.
 
+use super::channel::ring_counts;
 use super::options::{self, CreateParams, Options, OptionsChange};
 use super::{attach, pool};
 use crate::error::Result;
@@ -161,8 +162,10 @@ impl Method for GetStats {
     async fn call(params: StatsParams) -> Result<Value> {
         let devices = attach::devices(params.name.as_deref())?;
         let (live, active) = pool().map(|pool| pool.worker_counts()).unwrap_or_default();
+        let (rings, sqpoll_ops) = ring_counts();
         Ok(json!({
             "workers": {"started": live, "active": active},
+            "rings": {"open": rings, "sqpoll_ops": sqpoll_ops},
             "devices": devices.iter().map(|device| device.stats(params.histogram)).collect::<Vec<_>>(),
         }))
     }

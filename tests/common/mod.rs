@@ -71,8 +71,11 @@ impl Target {
         // The kernel limits a socket's path to 107 bytes, and build folders can be deep.
         let socket = std::env::temp_dir().join(format!("lloop-{}-{}.sock", std::process::id(), unique()));
         let log = std::fs::File::create(folder.path().join("log")).unwrap();
+        if !command.get_args().any(|arg| arg == "-m") {
+            command.args(["-m", "0x1"]);
+        }
         command
-            .args(["-m", "0x1", "-r", socket.to_str().unwrap()])
+            .args(["-r", socket.to_str().unwrap()])
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);

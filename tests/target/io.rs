@@ -48,6 +48,37 @@ fn data_goes_to_its_place_in_the_file() {
 }
 
 #[test]
+fn a_kernel_thread_that_submits_keeps_off_the_reactors_processor() {
+    /// The processors that the kernel's threads of polled rings may use.
+    fn processors(target: &Target) -> Vec<String> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", target.pid())).unwrap();
+        let of_task = |task: std::io::Result<std::fs::DirEntry>| {
+            let status = std::fs::read_to_string(task.ok()?.path().join("status")).ok()?;
+            let field = |name| status.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default().trim();
+            field("Name:").starts_with("iou-sqp-").then(|| field("Cpus_allowed_list:").to_owned())
+        };
+        tasks.filter_map(of_task).collect()
+    }
+    let processors_online = std::thread::available_parallelism().unwrap().get();
+    let everywhere = format!("{:#x}", (1u64 << processors_online) - 1);
+    let all_but_the_first = if processors_online > 1 { vec!["1".to_owned()] } else { vec![] };
+    for (sqpoll, reactors, expected) in
+        [(true, "0x1", all_but_the_first), (true, &*everywhere, vec![]), (false, "0x1", vec![])]
+    {
+        let target = Target::start_with(&["-m", reactors]);
+        target.ok("bdev_lloop_set_options", json!({"sqpoll": sqpoll}));
+        let file = target.image("a.img", 8 * MIB);
+        let name = target.attach(&file, json!({"engine": "uring"}));
+        let mut nvme = target.connect(&name);
+        nvme.write(0, &[9; 65536]).unwrap();
+        assert!(nvme.read(0, 16).unwrap() == [9; 65536]);
+        let rings = &target.ok("bdev_lloop_get_stats", json!({}))["rings"];
+        assert!(rings["open"].as_u64() >= Some(1) && rings["sqpoll_ops"].is_u64(), "{rings}");
+        assert_eq!(processors(&target), expected, "sqpoll {sqpoll}, reactors on {reactors}");
+    }
+}
+
+#[test]
 fn unmapped_blocks_are_given_back() {
     let target = Target::start();
     let file = target.image("a.img", 16 * MIB);

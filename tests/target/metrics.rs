@@ -72,6 +72,8 @@ fn same_as_the_rpc(text: &str, stats: &Value) {
     let (samples, types) = parsed(text);
     assert_eq!(sample(&samples, "lloop_up", &[]), 1.0);
     assert_eq!(json!(sample(&samples, "lloop_workers_started", &[]) as u64), stats["workers"]["started"]);
+    assert_eq!(json!(sample(&samples, "lloop_rings", &[]) as u64), stats["rings"]["open"]);
+    assert_eq!(json!(sample(&samples, "lloop_sqpoll_ops_total", &[]) as u64), stats["rings"]["sqpoll_ops"]);
     let devices = stats["devices"].as_array().unwrap();
     for device in devices {
         let name = device["name"].as_str().unwrap();

@@ -80,6 +80,14 @@ fn exposition(stats: &Stats) -> String {
         "Worker threads that are not waiting for work.",
         bare(workers.active),
     );
+    family(&mut text, "lloop_rings", "gauge", "io_urings of the target, one a thread.", bare(stats.rings.open));
+    family(
+        &mut text,
+        "lloop_sqpoll_ops_total",
+        "counter",
+        "I/O that threads of the kernel have submitted for busy reactors.",
+        bare(stats.rings.sqpoll_ops),
+    );
     devices(&mut text, stats);
     lanes(&mut text, stats);
     operations(&mut text, stats);

@@ -15,6 +15,8 @@ use std::io;
 pub struct Stats {
     /// The worker threads.
     pub workers: Workers,
+    /// The io_urings.
+    pub rings: Rings,
     /// The devices asked for.
     pub devices: Vec<DeviceStats>,
 }
@@ -27,6 +29,16 @@ pub struct Workers {
     pub started: u64,
     /// How many of them are not waiting for work.
     pub active: u64,
+}
+
+/// The io_urings: one for each thread that needs one.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default)]
+pub struct Rings {
+    /// How many there are.
+    pub open: u64,
+    /// I/O that threads of the kernel's have submitted for busy reactors.
+    pub sqpoll_ops: u64,
 }
 
 /// What a device has done, and is doing.
@@ -179,7 +191,11 @@ pub fn framed(stats: &Stats, device_shown: &dyn Fn(&DeviceStats) -> String) -> S
         return "No devices are attached; lloop attach FILE attaches one.\n".to_owned();
     }
     let mut blocks: Vec<String> = stats.devices.iter().map(device_shown).collect();
-    blocks.push(format!("workers: {} started, {} active\n", stats.workers.started, stats.workers.active));
+    let (workers, rings) = (&stats.workers, &stats.rings);
+    blocks.push(format!(
+        "workers: {} started, {} active; rings: {}, with {} I/O by the kernel's threads\n",
+        workers.started, workers.active, rings.open, rings.sqpoll_ops
+    ));
     blocks.join("\n")
 }
 
@@ -230,6 +246,7 @@ pub mod tests {
         };
         read(&json!({
             "workers": {"started": 3, "active": 1},
+            "rings": {"open": 2, "sqpoll_ops": 77},
             "devices": [{"name": "lloop0", "state": "bound", "in_flight": 4, "queued": 2, "calls_running": 2, "oldest_io_us": 12_000,
                          "last_errno": 5, "io": {"read": op(ops, bytes), "flush": op(0, 0)},
                          "lanes": [{"ost": 3, "queued": 2, "calls_running": 1, "oldest_io_us": 0},
@@ -252,7 +269,7 @@ pub mod tests {
         assert_eq!(lines[4], "OST  QUEUED  CALLS   OLDEST");
         assert_eq!(lines[5], "  3       2      1        -");
         assert_eq!(lines[6], " 11       0      1  12.0 ms");
-        assert_eq!(lines.last(), Some(&"workers: 3 started, 1 active"));
+        assert_eq!(lines.last(), Some(&"workers: 3 started, 1 active; rings: 2, with 77 I/O by the kernel's threads"));
         assert!(shown(&Stats::default()).contains("lloop attach"));
     }
 
