@@ -11,6 +11,7 @@
 //! And however it is divided, one poll submits no more than [`POLL_BUDGET`] takes: others live on the reactor, too.
 
 use crate::os::clock::{self, Ticks};
+use std::cell::RefCell;
 use std::time::Duration;
 
 /// How long one poll of the reactor submits, before it lets others have a turn.
@@ -23,11 +24,11 @@ const RELIEF: u64 = 40;
 /// The most that waits for the kernel's thread: what is there cannot be taken back.
 pub(super) const MAX_BACKLOG: usize = 64;
 /// Without progress for so long it is not trusted any more (it takes some fifty microseconds to wake up),
-const PATIENCE: Duration = Duration::from_micros(400);
-/// for so long at first, and twice as long each time until the second.
+const PATIENCE: Duration = Duration::from_micros(800);
+/// for so long at first, and twice as long each time until the second,
 const SHUN: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
-/// So many windows without complaint halve that again.
-const FORGIVENESS: u32 = 100;
+/// or until it has done well for so long.
+const FORGIVENESS: Duration = Duration::from_secs(2);
 
 /// Whether the kernel's thread is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -41,24 +42,37 @@ pub enum Help {
     Half,
 }
 
-/// What is known of both, and decided from it.
+/// What is known of a reactor: of all rings that are entered on it.
+pub(super) struct Load {
+    wanted: bool,
+    /// Since when it is looked at, and how long it was in the kernel meanwhile, or would have been with what others did for it.
+    since: Ticks,
+    in_kernel: Ticks,
+    /// What an I/O costs it in the kernel, a running average; 0 while it is not known.
+    cost: Ticks,
+    /// When the kernel's thread should be through with what the reactor gave it.
+    busy_until: Ticks,
+}
+
+thread_local! {
+    /// The load of this thread: with SPDK a reactor, on which several of its threads may live, each with a ring.
+    pub(super) static LOAD: RefCell<Load> =
+        const { RefCell::new(Load { wanted: false, since: 0, in_kernel: 0, cost: 0, busy_until: 0 }) };
+}
+
+/// What is known of a ring's kernel thread, and decided from it.
 pub(super) struct Balance {
     help: Help,
-    wanted: bool,
-    /// Of this window: its start, time in the kernel, I/O that the reactor submitted itself, I/O that the other got.
-    window: (Ticks, Ticks, u64, u64),
-    /// What an I/O costs the reactor in the kernel, a running average; 0 while it is not known.
-    cost: Ticks,
     /// How long from one submission to the next, a running average; and when the last was.
     period: Ticks,
     last: Ticks,
-    /// The I/O the other has got and taken, of all time, and when it last took some.
+    /// The I/O it has got and taken, of all time, and when it last took some.
     got: u64,
     taken: u64,
     progress: Ticks,
     shunned_until: Ticks,
     shun: Ticks,
-    good_windows: u32,
+    shunned_at: Ticks,
     limits: Limits,
 }
 
@@ -68,6 +82,7 @@ struct Limits {
     window: Ticks,
     patience: Ticks,
     shun: (Ticks, Ticks),
+    forgiveness: Ticks,
 }
 
 impl Balance {
@@ -77,32 +92,35 @@ impl Balance {
             window: clock::to_ticks(WINDOW),
             patience: clock::to_ticks(PATIENCE),
             shun: (clock::to_ticks(SHUN.0), clock::to_ticks(SHUN.1)),
+            forgiveness: clock::to_ticks(FORGIVENESS),
         };
+        let shun = limits.shun.0;
         Balance {
             help,
-            wanted: false,
-            window: (0, 0, 0, 0),
-            cost: 0,
             period: 0,
             last: 0,
             got: 0,
             taken: 0,
             progress: 0,
             shunned_until: 0,
-            shun: limits.shun.0,
-            good_windows: 0,
+            shun,
+            shunned_at: 0,
             limits,
         }
     }
 
     /// Whether the kernel's thread is to be asked at all.
     #[inline]
-    pub(super) fn wants_help(&self) -> bool {
-        self.wanted || self.help == Help::Half
+    pub(super) fn wants_help(&self, load: &Load) -> bool {
+        match self.help {
+            Help::Off => false,
+            Help::Auto => load.wanted,
+            Help::Half => true,
+        }
     }
 
-    /// How many of `staged` I/O the kernel's thread gets, which has `backlog` that it has not taken.
-    pub(super) fn share(&mut self, staged: usize, backlog: usize, now: Ticks) -> usize {
+    /// How many of `staged` I/O the kernel's thread gets, which has `backlog` of this ring's that it has not taken.
+    pub(super) fn share(&mut self, load: &Load, staged: usize, backlog: usize, now: Ticks) -> usize {
         let taken = self.got - backlog as u64;
         if taken != self.taken || backlog == 0 {
             (self.taken, self.progress) = (taken, now);
@@ -113,21 +131,26 @@ impl Balance {
         if now < self.shunned_until {
             return 0;
         }
-        if now.saturating_sub(self.progress) > self.limits.patience.max(4 * self.cost * backlog as u64) {
-            self.shunned_until = now + self.shun;
-            self.shun = (self.shun * 2).min(self.limits.shun.1);
-            self.good_windows = 0;
+        let limits = &self.limits;
+        if now.saturating_sub(self.progress) > limits.patience.max(4 * load.cost * backlog as u64) {
+            let long_ago = now.saturating_sub(self.shunned_at) > limits.forgiveness;
+            self.shun = if long_ago { limits.shun.0 } else { (self.shun * 2).min(limits.shun.1) };
+            (self.shunned_at, self.shunned_until) = (now, now + self.shun);
             return 0;
         }
-        // As much as it can do until we come again. One is kept: what an I/O costs is measured on our own.
-        let can = (self.period / self.cost.max(1)) as usize;
-        can.min(MAX_BACKLOG).saturating_sub(backlog).min(staged.saturating_sub(1))
+        // As much as it can do until we come again, with what it has from here and from the reactor's other rings. One is kept: what
+        // an I/O costs is measured on our own.
+        let can = |time: Ticks| (time / load.cost.max(1)).min(MAX_BACKLOG as u64) as usize;
+        let here = can(self.period).saturating_sub(backlog);
+        here.min(can((now + self.period).saturating_sub(load.busy_until))).min(staged.saturating_sub(1))
     }
 
     /// Notes that the kernel's thread got `count` I/O.
-    pub(super) fn gave(&mut self, count: usize) {
+    pub(super) fn gave(&mut self, load: &mut Load, count: usize, now: Ticks) {
         self.got += count as u64;
-        self.window.3 += count as u64;
+        let work = count as u64 * load.cost;
+        load.busy_until = load.busy_until.max(now) + work;
+        load.in_kernel += work;
     }
 
     /// How many I/O it got in all.
@@ -136,38 +159,26 @@ impl Balance {
     }
 
     /// How many I/O the reactor may submit now.
-    pub(super) fn budget(&self) -> usize {
-        self.limits.budget.checked_div(self.cost).map_or(usize::MAX, |count| count.max(1) as usize)
+    pub(super) fn budget(&self, load: &Load) -> usize {
+        self.limits.budget.checked_div(load.cost).map_or(usize::MAX, |count| count.max(1) as usize)
     }
 
     /// Notes that the reactor was in the kernel from `start` to `end` with `count` I/O of its own.
-    pub(super) fn entered(&mut self, count: usize, start: Ticks, end: Ticks) {
+    pub(super) fn entered(&mut self, load: &mut Load, count: usize, start: Ticks, end: Ticks) {
         let spent = end.saturating_sub(start);
-        self.window.1 += spent;
+        load.in_kernel += spent;
         if count == 0 {
             return;
         }
-        self.window.2 += count as u64;
-        average(&mut self.cost, spent / count as u64);
+        average(&mut load.cost, spent / count as u64);
         // (A pause is not a period.)
         average(&mut self.period, end.saturating_sub(self.last).min(self.limits.window));
         self.last = end;
-        if end.saturating_sub(self.window.0) >= self.limits.window {
-            self.decide(end);
-        }
-    }
-
-    fn decide(&mut self, now: Ticks) {
-        let (start, in_kernel, _, given) = std::mem::replace(&mut self.window, (now, 0, 0, 0));
-        let alone = in_kernel + given * self.cost;
-        let share = alone * 100 / now.saturating_sub(start).max(1);
-        self.wanted = self.help == Help::Auto && share >= if self.wanted { RELIEF } else { OVERLOAD };
-        if given > 0 {
-            self.good_windows += 1;
-            if self.good_windows >= FORGIVENESS {
-                self.good_windows = 0;
-                self.shun = (self.shun / 2).max(self.limits.shun.0);
-            }
+        let elapsed = end.saturating_sub(load.since);
+        if elapsed >= self.limits.window {
+            let share = load.in_kernel * 100 / elapsed;
+            load.wanted = share >= if load.wanted { RELIEF } else { OVERLOAD };
+            (load.since, load.in_kernel) = (end, 0);
         }
     }
 }
@@ -183,6 +194,7 @@ mod tests {
 
     /// A reactor that goes round and round: each time `staged` I/O, each of which costs `cost_us` in the kernel and `other_us` outside.
     struct Reactor {
+        load: Load,
         balance: Balance,
         now: Ticks,
         backlog: usize,
@@ -194,18 +206,20 @@ mod tests {
 
     impl Reactor {
         fn new(help: Help) -> Self {
-            Reactor { balance: Balance::new(help), now: us(1_000_000), backlog: 0 }
+            let load = Load { wanted: false, since: 0, in_kernel: 0, cost: 0, busy_until: 0 };
+            Reactor { load, balance: Balance::new(help), now: us(1_000_000), backlog: 0 }
         }
 
         /// A turn; how many the other one got, and how many the reactor did itself. The other takes `takes` meanwhile.
         fn turn(&mut self, staged: usize, cost_us: u64, other_us: u64, takes: usize) -> (usize, usize) {
+            let Reactor { load, balance, .. } = self;
             let start = self.now;
-            let share = if self.balance.wants_help() { self.balance.share(staged, self.backlog, start) } else { 0 };
+            let share = if balance.wants_help(load) { balance.share(load, staged, self.backlog, start) } else { 0 };
             assert!(share <= staged && self.backlog + share <= MAX_BACKLOG);
-            self.balance.gave(share);
-            let own = (staged - share).min(self.balance.budget());
+            balance.gave(load, share, start);
+            let own = (staged - share).min(balance.budget(load));
             self.now += own as u64 * us(cost_us);
-            self.balance.entered(own, start, self.now);
+            balance.entered(load, own, start, self.now);
             self.now += staged as u64 * us(other_us);
             self.backlog = (self.backlog + share).saturating_sub(takes);
             (share, own)
@@ -227,7 +241,7 @@ mod tests {
         for _ in 0..1000 {
             reactor.turn(1, 4, 96, 8);
         }
-        assert!(!reactor.balance.wants_help(), "it went away when there was little to do");
+        assert!(!reactor.balance.wants_help(&reactor.load), "it went away when there was little to do");
         assert_eq!(reactor.turn(8, 1, 4, 8), (0, 8));
     }
 
@@ -237,7 +251,7 @@ mod tests {
         for _ in 0..5000 {
             assert_eq!(reactor.turn(1, 4, 0, 1), (0, 1));
         }
-        assert!(reactor.balance.wants_help());
+        assert!(reactor.balance.wants_help(&reactor.load));
     }
 
     #[test]
@@ -261,7 +275,32 @@ mod tests {
         for _ in 0..50_000 {
             assert!(reactor.turn(16, 4, 1, 16).0 > 0, "once it works it is not left alone");
         }
+        while reactor.turn(16, 4, 1, 0).0 > 0 || reactor.balance.shunned_until < reactor.now {}
         assert_eq!(reactor.balance.shun, reactor.balance.limits.shun.0, "and forgiven");
+    }
+
+    #[test]
+    fn sixteen_rings_of_a_reactor_share_what_there_is() {
+        let mut reactor = Reactor::new(Help::Auto);
+        let mut rings: Vec<(Balance, usize)> = (0..16).map(|_| (Balance::new(Help::Auto), 0)).collect();
+        let (mut given, mut own, mut done_until) = (0, 0, reactor.now);
+        for _ in 0..2000 {
+            for (balance, backlog) in &mut rings {
+                std::mem::swap(&mut reactor.balance, balance);
+                reactor.backlog = *backlog;
+                let before = reactor.now;
+                let (share, mine) = reactor.turn(8, 4, 1, 0);
+                // It works through what it got, at the same speed.
+                done_until = before.max(done_until) + share as u64 * us(4);
+                *backlog = 0;
+                std::mem::swap(&mut reactor.balance, balance);
+                (given, own) = (given + share, own + mine);
+            }
+            let behind = done_until.saturating_sub(reactor.now);
+            assert!(behind <= us(1000), "it never has more than a round's work");
+        }
+        assert!(given * 10 > own * 8, "{given} to {own}: every ring knows that the reactor is overloaded");
+        assert!(given * 10 < own * 20, "{given} to {own}: and none gives as if it were alone");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //!
 //! A thread that submits more than it can has a second, polled ring, and the kernel's thread behind that takes a part (balance.rs).
 
-use super::balance::{Balance, Help};
+use super::balance::{Balance, Help, LOAD, Load};
 use super::request::{Op, Request};
 use crate::os::bell::Bell;
 use crate::os::clock::{self, Ticks};
@@ -163,24 +163,28 @@ impl<T> Uring<T> {
     /// Hands over what was submitted: one system call, and seldom a second that wakes the kernel's thread. Whether it is to be called
     /// again although nothing completes.
     pub fn enter(&mut self) -> bool {
+        LOAD.with_borrow_mut(|load| self.enter_from(load))
+    }
+
+    fn enter_from(&mut self, load: &mut Load) -> bool {
         let Uring { ring, polled, balance, flights, waiting, troubled, .. } = self;
         let start = clock::now();
         if let Some(ring) = polled
             && !waiting.is_empty()
-            && balance.wants_help()
+            && balance.wants_help(load)
         {
             let mut batch = ring.batch();
-            let share = balance.share(waiting.len(), batch.backlog(), start);
+            let share = balance.share(load, waiting.len(), batch.backlog(), start);
             let gave = flights.hand_over(waiting, &mut batch, share);
             drop(batch);
-            balance.gave(gave);
+            balance.gave(load, gave, start);
             flights.watch.helped.store(balance.given(), Ordering::Relaxed);
             try_entering(ring, troubled);
         }
         let count =
-            if waiting.is_empty() { 0 } else { flights.hand_over(waiting, &mut ring.batch(), balance.budget()) };
+            if waiting.is_empty() { 0 } else { flights.hand_over(waiting, &mut ring.batch(), balance.budget(load)) };
         let again = try_entering(ring, troubled);
-        balance.entered(count, start, clock::now());
+        balance.entered(load, count, start, clock::now());
         again || !waiting.is_empty()
     }
 
