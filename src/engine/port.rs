@@ -8,6 +8,9 @@ use crate::os::queue::{Batch, Inbox, List, Placed};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 
+/// The most polls that go by between two looks at the clock.
+const MAX_POLLS_A_LOOK: u32 = 32;
+
 /// Where a port's answers arrive, from any thread.
 pub(super) struct Mailbox<T> {
     answers: Inbox<Request<T>>,
@@ -40,6 +43,10 @@ pub struct Port<T> {
     sleeping: bool,
     in_flight: usize,
     last_look: Ticks,
+    last_clock: Ticks,
+    /// How many polls go by between two looks at the clock, which costs more than all else of an empty poll; and how many have.
+    looks_every: u32,
+    polls: u32,
     last_picks: u64,
     /// When picks were last seen to go on.
     last_sign: Ticks,
@@ -59,6 +66,9 @@ impl<T: Send + 'static> Port<T> {
             sleeping: false,
             in_flight: 0,
             last_look: 0,
+            last_clock: 0,
+            looks_every: 1,
+            polls: 0,
             last_picks: 0,
             last_sign: 0,
         }
@@ -111,7 +121,20 @@ impl<T: Send + 'static> Port<T> {
     }
 
     fn look_for_a_stall(&mut self) {
+        self.polls += 1;
+        if self.polls < self.looks_every {
+            return;
+        }
+        self.polls = 0;
         let now = clock::now();
+        // Some four looks in the time that a stall takes to be one.
+        let elapsed = now.wrapping_sub(self.last_clock);
+        self.last_clock = now;
+        if elapsed > self.pool.stall_ticks / 2 {
+            self.looks_every = (self.looks_every / 2).max(1);
+        } else if elapsed < self.pool.stall_ticks / 4 {
+            self.looks_every = (self.looks_every + 1).min(MAX_POLLS_A_LOOK);
+        }
         if now.wrapping_sub(self.last_look) < self.pool.stall_ticks {
             return;
         }
