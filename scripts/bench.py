@@ -36,7 +36,7 @@ class Bench:
     def __init__(self, args):
         self.args = args
         self.rounds, self.seconds = (1, 1) if args.quick else (3, 1)
-        self.files = Files(args.work, args.slowfs)
+        self.files = Files(args.work, args.examples)
         self.spdk = Bdevperf(os.path.join(args.apps, "bdevperf"), args.spdk, args.work)
         self.results = []
         self.broken = []
@@ -145,8 +145,8 @@ class Bench:
 
         pool = ["fio pvsync2 pool"]
         self.work("slow", "slow", "write", 32, 4096, IN_SPDK + ([] if quick else ["fio io_uring"]), aio)
-        for depth in () if quick else (1, 32):
-            self.work("slow", "slow", "randread", depth, 4096, few + pool, aio)
+        for depth in (1,) if quick else (1, 32):
+            self.work("slow", "slow", "randread", depth, 4096, (["lloop/threads"] if quick else few) + pool, pool[0])
         deep = "lloop has lane_limit 64 and workers 128 here (bdev_lloop_set_options); by default a lane has 32 calls at a time"
         self.work("slow", "slow", "randread", 64, 4096, (IN_SPDK if quick else few) + pool, aio, deep)
         if not quick:
@@ -196,7 +196,7 @@ class Bench:
 
     def gaps(self):
         """The longest time that the reactor is away, with nothing to do and with everything that can be wrong with a file."""
-        slow = self.files.slow()
+        sick = self.files.sick()
 
         def fault(kind, words, seconds=1.0):
             # It begins while there is I/O, and ends while there is: what a file that is sick from the start does is another thing.
@@ -206,11 +206,11 @@ class Bench:
                 time.sleep(seconds)
                 self.files.faults("latency_us=1000")
             # In calls of 16 KiB, so that there is something to be short of. A rival that knows no better goes on after failures.
-            return lambda _: self.spdk.run([(kind, "B", slow)], ["-w", "randread", "-f"], 32, 16384, 2, meanwhile=happens)
+            return lambda _: self.spdk.run([(kind, "B", sick)], ["-w", "randread", "-f"], 32, 16384, 2, meanwhile=happens)
 
         for kind in ("lloop/threads", "bdev_aio"):
-            self.case("gaps " + kind, "gaps", "longest gap between polls of the reactor: %s on a slow file, depth 32" % kind, {
-                "%s idle" % kind: lambda _, kind=kind: self.spdk.idle([(kind, "B", slow)], 1.5),
+            self.case("gaps " + kind, "gaps", "longest gap between polls of the reactor: %s on a sick file, depth 32" % kind, {
+                "%s idle" % kind: lambda _, kind=kind: self.spdk.idle([(kind, "B", sick)], 1.5),
                 "%s, 1 ms more" % kind: fault(kind, "latency_us=1000"),
                 "%s, 20 ms more" % kind: fault(kind, "latency_us=20000"),
                 "%s, short transfers" % kind: fault(kind, "latency_us=1000 short=4096"),
@@ -231,7 +231,7 @@ class Bench:
 def main():
     parser = argparse.ArgumentParser(description="run by scripts/bench.sh")
     parser.add_argument("--apps", help="the folder of bdevperf")
-    parser.add_argument("--slowfs", help="the slow filesystem's program")
+    parser.add_argument("--examples", help="the folder of our filesystems' programs")
     parser.add_argument("--t-io-uring", help="fio's t/io_uring")
     parser.add_argument("--work", help="a folder for files to work on; made anew")
     parser.add_argument("--spdk", help="SPDK's version")

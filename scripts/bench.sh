@@ -25,7 +25,8 @@ done
 scripts/setup.sh --tests
 SPDK_DIR=$(scripts/spdk.sh)
 export SPDK_DIR
-quietly "building the slow filesystem" "$CARGO_TARGET_DIR/build.log" cargo build --release --locked --example slowfs
+quietly "building the slow filesystems" "$CARGO_TARGET_DIR/build.log" \
+	cargo build --release --locked --example slowfs --example latencyfs
 venv=$LLOOP_CACHE/bench-venv
 if ! "$venv/bin/python" -c 'import matplotlib' 2>/dev/null; then
 	rm -rf "$venv"
@@ -37,5 +38,5 @@ version=$(spdk_version "$SPDK_DIR")
 mkdir -p "$CARGO_TARGET_DIR"
 exec 8>/tmp/lloop-bench.lock
 flock -n 8 || die "another benchmark is running on this machine" "wait until it has ended"
-"$venv/bin/python" scripts/bench.py --apps "$CARGO_TARGET_DIR/spdk-apps/$version" --slowfs "$CARGO_TARGET_DIR/release/examples/slowfs" \
+"$venv/bin/python" scripts/bench.py --apps "$CARGO_TARGET_DIR/spdk-apps/$version" --examples "$CARGO_TARGET_DIR/release/examples" \
 	--t-io-uring "$(scripts/fio-uring.sh)" --work "$CARGO_TARGET_DIR/bench" --spdk "$version" "$@" 8>&-

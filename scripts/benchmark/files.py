@@ -8,14 +8,14 @@ import time
 
 GIB = 1 << 30
 MIB = 1 << 20
-SLOW_SIZE = 256 * MIB
+SLOW_SIZE = 128 * MIB
 
 
 class Files:
-    def __init__(self, work, slowfs):
+    def __init__(self, work, examples):
         self.work = work
-        self.slowfs = slowfs
-        self.mount = None
+        self.examples = examples
+        self.mounts = {}
         self.loops = {}
         shutil.rmtree(work, ignore_errors=True)
         os.makedirs(work)
@@ -57,25 +57,41 @@ class Files:
         return path
 
     def slow(self):
-        """A file whose every read and write blocks its caller for a millisecond more (tests/slowfs)."""
-        if self.mount is None:
-            backing = self.unwritten("slow.backing", SLOW_SIZE)
-            mount = self.path("slow")
-            os.makedirs(mount)
+        """A file whose every read and write blocks its caller for a millisecond more, and costs little else (tests/latencyfs.rs)."""
+        return self.mounted("latencyfs", "1000")
+
+    def sick(self):
+        """The same of a filesystem that can be made to do worse (tests/slowfs), for more processor time."""
+        if "slowfs" not in self.mounts:
             self.faults("latency_us=1000")
+        return self.mounted("slowfs")
+
+    def mounted(self, program, *args):
+        """The file of a filesystem of ours on a file in memory."""
+        if program not in self.mounts:
+            backing = self.backing(program)
+            with open(backing, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, SLOW_SIZE)
+            mount = self.path(program)
+            os.makedirs(mount)
             # Its server would be another machine: it must not take the reactor's processor.
-            child = subprocess.Popen(["taskset", "-c", "1", self.slowfs, backing, mount])
-            self.mount = (child, mount)
+            command = ["taskset", "-c", "1", os.path.join(self.examples, program), backing, mount, *args]
+            child = subprocess.Popen(command)
+            self.mounts[program] = (child, mount)
             deadline = time.monotonic() + 20
             while not os.path.exists(os.path.join(mount, "image")):
                 if child.poll() is not None or time.monotonic() > deadline:
-                    sys.exit("%s does not come up on %s; is /dev/fuse there, and may this user mount?" % (self.slowfs, mount))
+                    sys.exit("%s does not come up on %s; is /dev/fuse there, and may this user mount?" % (program, mount))
                 time.sleep(0.01)
-        return os.path.join(self.mount[1], "image")
+        return os.path.join(self.mounts[program][1], "image")
+
+    @staticmethod
+    def backing(program):
+        return "/dev/shm/lloop-bench-%d-%s" % (os.getpid(), program)
 
     def faults(self, words):
-        """What is wrong with the slow file from now on, in the words of tests/slowfs/faults.rs."""
-        path = self.path("slow.backing.faults")
+        """What is wrong with the sick file from now on, in the words of tests/slowfs/faults.rs."""
+        path = self.backing("slowfs") + ".faults"
         with open(path + ".new", "w") as file:
             file.write(words)
         os.rename(path + ".new", path)
@@ -105,13 +121,16 @@ class Files:
     def close(self):
         for path in list(self.loops):
             self.drop_loop(path)
-        if self.mount:
-            child, mount = self.mount
+        if "slowfs" in self.mounts:
             self.faults("")
+        for program, (child, mount) in self.mounts.items():
             subprocess.run(["umount", "-l", mount], check=False)
             try:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+            for path in (self.backing(program), self.backing(program) + ".faults"):
+                if os.path.exists(path):
+                    os.unlink(path)
         shutil.rmtree(self.work, ignore_errors=True)

@@ -5,7 +5,8 @@
 //! of its time in there, a part goes to the kernel's thread:
 //!
 //! - never for a reactor that keeps up by itself: a thread that polls costs a processor, and a hand-off costs time;
-//! - as much as the other can do until the reactor comes again, less what it has not yet taken;
+//! - as much as the other can do until the reactor comes again, less what it has not yet taken, and the half of it at most unless it
+//!   is little;
 //! - nothing, for a while, when it makes no progress: its processor is somebody else's. What it was given by then has to wait for it.
 //!
 //! And however it is divided, one poll submits no more than [`POLL_BUDGET`] takes: others live on the reactor, too.
@@ -138,11 +139,15 @@ impl Balance {
             (self.shunned_at, self.shunned_until) = (now, now + self.shun);
             return 0;
         }
-        // As much as it can do until we come again, with what it has from here and from the reactor's other rings. One is kept: what
-        // an I/O costs is measured on our own.
+        if staged < 2 {
+            return 0;
+        }
+        // As much as it can do until we come again, with what it has from here and from the reactor's other rings.
         let can = |time: Ticks| (time / load.cost.max(1)).min(MAX_BACKLOG as u64) as usize;
         let here = can(self.period).saturating_sub(backlog);
-        here.min(can((now + self.period).saturating_sub(load.busy_until))).min(staged.saturating_sub(1))
+        let room = here.min(can((now + self.period).saturating_sub(load.busy_until)));
+        // What is little to it it gets whole, which saves us the system call; else the half at most, so that both have something to do.
+        if room >= 2 * staged { staged } else { room.min(staged.div_ceil(2)) }
     }
 
     /// Notes that the kernel's thread got `count` I/O.
