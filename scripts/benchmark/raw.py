@@ -37,7 +37,7 @@ def fio(name, path, rw, depth, size, seconds, file_size, with_latencies):
         command.append("--rwmixread=70")
     if name == "fio pvsync2 pool":
         # Threads that block, on all processors: what a program does that knows nothing better.
-        command += ["--iodepth=1", "--numjobs=%d" % depth]
+        command = ["taskset", "-c", "0-%d" % (os.cpu_count() - 1)] + command + ["--iodepth=1", "--numjobs=%d" % depth]
     else:
         command = ["taskset", "-c", "0"] + command + ["--iodepth=%d" % depth]
         if depth > 1:
