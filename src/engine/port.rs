@@ -104,6 +104,17 @@ impl<T: Send + 'static> Port<T> {
         self.pool.submit(std::mem::take(&mut self.staged), std::mem::take(&mut self.staged_slow));
     }
 
+    /// Whether there is anything for [`Port::reap`] or [`Port::ring`] to do. Most polls of a reactor end here.
+    #[inline]
+    pub fn is_ready(&mut self) -> bool {
+        if !self.mailbox.answers.is_empty() || !self.staged.is_empty() {
+            return true;
+        }
+        // Now and then somebody has to look for a stall.
+        self.polls = self.polls.wrapping_add(1);
+        self.in_flight > 0 && self.polls >= self.looks_every
+    }
+
     /// Takes all answers that are there. Also notices, when there are none for a while, that the awake workers are all stuck
     /// and somebody else has to be woken.
     pub fn reap(&mut self) -> List<Request<T>> {
@@ -120,11 +131,8 @@ impl<T: Send + 'static> Port<T> {
         self.in_flight
     }
 
+    #[cold]
     fn look_for_a_stall(&mut self) {
-        self.polls += 1;
-        if self.polls < self.looks_every {
-            return;
-        }
         self.polls = 0;
         let now = clock::now();
         // Some four looks in the time that a stall takes to be one.

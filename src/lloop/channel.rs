@@ -111,6 +111,11 @@ impl Inner {
             bell.clear();
             self.awaited.set(true);
         }
+        let ring_is_idle = self.ring.borrow().as_ref().is_none_or(Uring::is_idle);
+        if !self.port.borrow_mut().is_ready() && ring_is_idle && self.resets.borrow().is_empty() {
+            self.awaited.set(false);
+            return false;
+        }
         // The borrow ends before the first completion, whose owner may submit again at once.
         let mut answers = self.port.borrow_mut().reap();
         if let Some(ring) = self.ring.borrow_mut().as_mut() {
