@@ -173,7 +173,7 @@ impl<T> Lane<T> {
 fn fits_as_it_is<T>(target: &Target, request: &Request<T>) -> bool {
     let align = target.file().offset_align_bytes();
     let whole = !target.sub_page() || (request.offset_bytes | request.len_bytes).is_multiple_of(align as u64);
-    whole && request.iovs.is_aligned(target.file().memory_align_bytes(), align)
+    whole && request.suits_direct_io()
 }
 
 /// The pages a request touches, and whether it modifies parts of them.

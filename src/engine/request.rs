@@ -1,6 +1,7 @@
 //! One I/O on its way through an engine.
 
 use super::target::Target;
+use crate::os::bounce::BouncePool;
 use crate::os::clock::{self, Ticks};
 use crate::os::iov::IoVecs;
 use crate::os::queue::Placed;
@@ -79,12 +80,24 @@ impl<T> Request<T> {
         }
     }
 
-    /// Whether it is a read or write that direct I/O takes as it is, of a file that is whole.
+    /// Whether it is a read or write that direct I/O takes as it is, or after a short copy, of a file that is whole.
     pub fn suits_a_ring(&self) -> bool {
-        let file = self.target.file();
         matches!(self.op, Op::Read | Op::Write)
             && !self.target.ends_before(self.end_bytes())
-            && self.iovs.is_aligned(file.memory_align_bytes(), file.offset_align_bytes())
+            && (self.suits_direct_io() || self.suits_a_copy())
+    }
+
+    /// Whether it is a write that becomes one for direct I/O when its memory is copied to better.
+    fn suits_a_copy(&self) -> bool {
+        let align_bytes = self.target.file().offset_align_bytes() as u64;
+        self.op == Op::Write
+            && self.len_bytes <= BouncePool::SLOT_BYTES as u64
+            && (self.offset_bytes | self.len_bytes).is_multiple_of(align_bytes)
+    }
+
+    /// Whether its memory suits direct I/O.
+    pub(super) fn suits_direct_io(&self) -> bool {
+        self.target.file().suits(self.op == Op::Write, self.offset_bytes, self.len_bytes, &self.iovs)
     }
 
     /// First byte behind the range.

@@ -76,7 +76,7 @@ impl Transfer {
         let whole_pages = (request.offset_bytes | request.len_bytes) & (align - 1) == 0;
         match op {
             Op::Read | Op::Write if whole_pages => {
-                if request.iovs.is_aligned(target.file().memory_align_bytes(), align as usize) {
+                if request.suits_direct_io() {
                     self.direct(target, op, request)
                 } else {
                     self.bounced(target, op, request)

@@ -2,16 +2,18 @@
 //!
 //! It does what is regular and leaves the rest to the workers: whatever comes back short, or with an errno that a second try by a
 //! blocking call can better, is executed anew by them (reads and writes of blocks can be repeated), and flushes, discards and
-//! memory that direct I/O does not take go there from the start. So there is one place that continues, bounces and explains.
+//! reads to memory that direct I/O does not take go there from the start. So there is one place that continues and explains. Short
+//! writes from such memory are copied and stay: a copy is cheaper than a hand-over.
 //!
 //! A thread that submits more than it can has a second, polled ring, and the kernel's thread behind that takes a part (balance.rs).
 
 use super::balance::{Balance, Help, LOAD, Load};
 use super::request::{Op, Request};
 use crate::os::bell::Bell;
+use crate::os::bounce::{BouncePool, Slot};
 use crate::os::clock::{self, Ticks};
 use crate::os::queue::{List, Placed};
-use crate::os::ring::{Batch, Features, Full, Ring, RingOptions};
+use crate::os::ring::{Batch, Features, Ring, RingOptions};
 use std::os::fd::AsFd;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -65,9 +67,16 @@ pub struct Uring<T> {
 
 /// The requests that the kernel has, each in a place.
 struct Flights<T> {
-    places: Vec<Option<Placed<Request<T>>>>,
+    places: Vec<Option<Flight<T>>>,
+    bounce: BouncePool,
     free: Vec<u32>,
     watch: Arc<Watch>,
+}
+
+struct Flight<T> {
+    request: Placed<Request<T>>,
+    /// What it was copied to, when it had to be.
+    copy: Option<Slot>,
 }
 
 impl<T> Uring<T> {
@@ -99,6 +108,7 @@ impl<T> Uring<T> {
         }
         let help = if polled.is_some() { help } else { Help::Off };
         let flights = Flights {
+            bounce: BouncePool::new().map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))?,
             places: std::iter::repeat_with(|| None).take(ENTRIES as usize).collect(),
             free: (0..ENTRIES).rev().collect(),
             watch: Arc::new(Watch {
@@ -221,8 +231,16 @@ impl<T> Flights<T> {
         for done in 0..count {
             let Some(&place) = self.free.last() else { return done };
             let Some(request) = waiting.pop_front() else { return done };
+            let suits = request.suits_direct_io();
+            let copy = if suits { None } else { self.bounce.copy(&request.iovs) };
+            let iovs = copy.as_ref().map_or(&request.iovs, |(_, iovs)| iovs);
             let write = request.op == Op::Write;
-            if let Err(Full) = batch.push(write, request.port, &request.iovs, request.offset_bytes, place.into()) {
+            // (What does not suit waits for a slot.)
+            let goes = suits || copy.is_some();
+            if !goes || batch.push(write, request.port, iovs, request.offset_bytes, place.into()).is_err() {
+                if let Some((slot, _)) = copy {
+                    self.bounce.give_back(slot);
+                }
                 waiting.push_front(request);
                 return done;
             }
@@ -230,14 +248,17 @@ impl<T> Flights<T> {
             let age = &self.watch.ages[place as usize];
             age.1.store(request.volume.into(), Ordering::Relaxed);
             age.0.store(request.submitted, Ordering::Relaxed);
-            self.places[place as usize] = Some(request);
+            self.places[place as usize] = Some(Flight { request, copy: copy.map(|(slot, _)| slot) });
         }
         count
     }
 
     /// Takes the request in a place back.
     fn land(&mut self, place: u32) -> Option<Placed<Request<T>>> {
-        let request = self.places[place as usize].take()?;
+        let Flight { request, copy } = self.places[place as usize].take()?;
+        if let Some(slot) = copy {
+            self.bounce.give_back(slot);
+        }
         self.watch.ages[place as usize].0.store(0, Ordering::Relaxed);
         self.free.push(place);
         Some(request)

@@ -1,7 +1,7 @@
 //! A regular file opened for direct I/O: finding out what it is, and the calls that move data.
 
 use super::errno;
-use super::iov::IovList;
+use super::iov::{IoVecs, IovList};
 use super::lustre::{self, Fid};
 use super::root::{self, OpenError};
 use crate::error::{Error, Result, reason};
@@ -41,7 +41,7 @@ impl Identity {
     pub fn fs_name(&self) -> String {
         let name = match self.fs_magic {
             lustre::CLIENT_MAGIC => "lustre",
-            0xEF53 => "ext4",
+            EXT4_MAGIC => "ext4",
             0x5846_5342 => "xfs",
             0x9123_683E => "btrfs",
             0x6573_5546 => "fuse",
@@ -79,9 +79,34 @@ pub struct DirectFile {
     pub(super) path: PathBuf,
     pub(super) identity: Identity,
     pub(super) read_only: bool,
-    pub(super) offset_align_bytes: usize,
-    pub(super) memory_align_bytes: usize,
+    pub(super) align: Alignment,
 }
+
+/// What direct I/O wants.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Alignment {
+    /// Of offsets and lengths.
+    pub offset_bytes: usize,
+    /// Of memory.
+    pub memory_bytes: usize,
+    /// Writes of whole blocks of this size go faster from memory that is aligned to them.
+    pub write_block_bytes: Option<usize>,
+}
+
+impl Alignment {
+    fn suits(&self, write: bool, offset_bytes: u64, len_bytes: u64, iovs: &IoVecs) -> bool {
+        let block = self.write_block_bytes.filter(|&block| {
+            write && len_bytes <= MAX_COPIED_BYTES && (offset_bytes | len_bytes).is_multiple_of(block as u64)
+        });
+        let block = block.unwrap_or(1);
+        iovs.is_aligned(block.max(self.memory_bytes), block.max(self.offset_bytes))
+    }
+}
+
+const EXT4_MAGIC: u64 = 0xEF53;
+
+/// Up to here a write is better copied than executed from memory that ext4 does not like; a longer one is worth its wait.
+const MAX_COPIED_BYTES: u64 = 256 << 10;
 
 impl DirectFile {
     /// Opens `path`. Blocks as long as the filesystem does.
@@ -125,13 +150,15 @@ impl DirectFile {
             _ => None,
         };
         let identity = Identity { dev: stat.st_dev, ino: stat.st_ino, fs_magic, fs_id, fid };
+        // ext4 has a direct write that is not aligned to its blocks, *memory included*, wait for all others of the file, unless it
+        // overwrites what is written already (ext4_dio_write_checks, Linux 5.4 and later): on a new image, one at a time.
+        let write_block_bytes = (fs_magic == EXT4_MAGIC).then_some(stat.st_blksize as usize);
         let mut file = DirectFile {
             fd,
             path: path.to_owned(),
             identity,
             read_only: options.read_only,
-            offset_align_bytes: PAGE_BYTES,
-            memory_align_bytes: PAGE_BYTES,
+            align: Alignment { offset_bytes: PAGE_BYTES, memory_bytes: PAGE_BYTES, write_block_bytes },
         };
         file.find_alignment()?;
         Ok(file)
@@ -154,19 +181,24 @@ impl DirectFile {
 
     /// What offsets and lengths of direct I/O must be multiples of.
     pub fn offset_align_bytes(&self) -> usize {
-        self.offset_align_bytes
+        self.align.offset_bytes
     }
 
     /// What memory addresses of direct I/O must be multiples of.
     pub fn memory_align_bytes(&self) -> usize {
-        self.memory_align_bytes
+        self.align.memory_bytes
+    }
+
+    /// Whether direct I/O takes these whole pages from or to this memory as well as any other.
+    pub fn suits(&self, write: bool, offset_bytes: u64, len_bytes: u64, iovs: &IoVecs) -> bool {
+        self.align.suits(write, offset_bytes, len_bytes, iovs)
     }
 
     /// Asks for more alignment than the file needs, so that tests meet Lustre's rules on any filesystem.
     #[doc(hidden)]
     pub fn pretend_alignment(&mut self, align_bytes: usize) {
-        self.offset_align_bytes = self.offset_align_bytes.max(align_bytes);
-        self.memory_align_bytes = self.memory_align_bytes.max(align_bytes);
+        self.align.offset_bytes = self.align.offset_bytes.max(align_bytes);
+        self.align.memory_bytes = self.align.memory_bytes.max(align_bytes);
     }
 
     /// The file's size now, in bytes. Blocks.
@@ -416,4 +448,30 @@ fn fstatfs(fd: BorrowedFd<'_>) -> Result<(u64, u64), i32> {
     // SAFETY: fsid_t is two ints whose names libc keeps to itself; any bytes are a valid u64.
     let id: u64 = unsafe { std::mem::transmute(stat.f_fsid) };
     Ok((stat.f_type as u64 & 0xFFFF_FFFF, id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::os::iov::LeakedBuffers;
+
+    #[test]
+    fn writes_in_blocks_want_memory_in_blocks_on_ext4() {
+        let ext4 = Alignment { offset_bytes: 512, memory_bytes: 512, write_block_bytes: Some(4096) };
+        let other = Alignment { write_block_bytes: None, ..ext4 };
+        let suits = |align: &Alignment, write, offset, shift, len: usize| {
+            align.suits(write, offset, len as u64, &LeakedBuffers::new(&[len], shift, 0).iovs())
+        };
+        for write in [false, true] {
+            assert!(suits(&ext4, write, 4096, 0, 8192) && !suits(&ext4, write, 4096, 1, 8192), "in any case");
+        }
+        assert!(!suits(&ext4, true, 4096, 512, 8192), "it would wait for all others");
+        assert!(suits(&ext4, false, 4096, 512, 8192), "reads do not");
+        assert!(suits(&other, true, 4096, 512, 8192), "nor do other filesystems");
+        assert!(
+            suits(&ext4, true, 512, 512, 8192) && suits(&ext4, true, 4096, 512, 512),
+            "parts of blocks wait anyhow"
+        );
+        assert!(suits(&ext4, true, 0, 512, 512 << 10), "too long to be copied for that");
+    }
 }

@@ -35,16 +35,16 @@ impl DirectFile {
             Some((0, _) | (_, 0)) => return Err(refuse()),
             // Lustre says nothing here; should it ever, whole pages are what every version takes (facts/lustre.md).
             Some((offset, memory)) if self.identity.fs_magic != lustre::CLIENT_MAGIC => {
-                self.offset_align_bytes = offset.max(512);
-                self.memory_align_bytes = memory;
+                self.align.offset_bytes = offset.max(512);
+                self.align.memory_bytes = memory;
             }
             _ => {
                 // SAFETY: sysconf has no preconditions.
                 let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(PAGE_BYTES as i64) as usize;
-                (self.offset_align_bytes, self.memory_align_bytes) = (page, page);
+                (self.align.offset_bytes, self.align.memory_bytes) = (page, page);
             }
         }
-        let mut buffer = BounceBuffer::new(self.offset_align_bytes)
+        let mut buffer = BounceBuffer::new(self.align.offset_bytes)
             .map_err(|e| Error::os(e.raw_os_error().unwrap_or(libc::ENOMEM), "memory for a trial read"))?;
         let mut iovs = IovList::default();
         iovs.push_slice(buffer.as_mut_slice());
@@ -64,7 +64,7 @@ impl DirectFile {
     /// # Errors
     /// The errno that says no: EOPNOTSUPP on Lustre and FUSE, for example.
     pub fn probe_nowait(&self) -> Result<(), i32> {
-        let mut buffer = BounceBuffer::new(self.offset_align_bytes).map_err(|_| libc::ENOMEM)?;
+        let mut buffer = BounceBuffer::new(self.align.offset_bytes).map_err(|_| libc::ENOMEM)?;
         let mut iovs = IovList::default();
         iovs.push_slice(buffer.as_mut_slice());
         let (first, count) = iovs.raw();
@@ -94,7 +94,7 @@ impl DirectFile {
     /// # Errors
     /// The system's errno.
     pub fn trial_read(&self) -> Result<(), i32> {
-        let mut buffer = BounceBuffer::new(self.offset_align_bytes).map_err(|_| libc::ENOMEM)?;
+        let mut buffer = BounceBuffer::new(self.align.offset_bytes).map_err(|_| libc::ENOMEM)?;
         let mut iovs = IovList::default();
         iovs.push_slice(buffer.as_mut_slice());
         self.read_at(&iovs, 0).map(drop)
