@@ -19,11 +19,7 @@ while [ $# -gt 0 ]; do
 		shift
 		;;
 	--uninstall) uninstall=yes ;;
-	-h | --help)
-		help
-		exit 0
-		;;
-	*) die "unknown option $1" "see $0 --help" ;;
+	*) help_or_die "$1" ;;
 	esac
 	shift
 done

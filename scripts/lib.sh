@@ -20,6 +20,14 @@ die() {
 # The comment at the top of the running script is its help.
 help() { sed -n '2,/^set -e/p' "$0" | sed 's/^# \{0,1\}//;/^set -e/d'; }
 
+# help_or_die OPTION: what every script does with an option that is not its own.
+help_or_die() {
+	case $1 in
+	-h | --help) help && exit 0 ;;
+	*) die "unknown option $1" "see $0 --help" ;;
+	esac
+}
+
 # quietly WHAT LOG COMMAND...: runs COMMAND with its output in LOG, says WHAT and how long it took, and on a failure
 # shows the end of the log: quiet while all is well, informative when it is not.
 quietly() {

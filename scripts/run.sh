@@ -23,11 +23,7 @@ while [ $# -gt 0 ]; do
 		shift
 		;;
 	--check) check=yes ;;
-	-h | --help)
-		help
-		exit 0
-		;;
-	*) die "unknown option $1" "see $0 --help" ;;
+	*) help_or_die "$1" ;;
 	esac
 	shift
 done
@@ -36,10 +32,10 @@ if [ -n "$image" ]; then
 	image=$(realpath "$image")
 fi
 
-"$LLOOP_ROOT/scripts/setup.sh" --tests --hugepages 1536
+"$LLOOP_ROOT/scripts/setup.sh" --hugepages 1536
 SPDK_DIR=$("$LLOOP_ROOT/scripts/spdk.sh" 2>/dev/null)
-apps=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$SPDK_DIR")
 bin=$CARGO_TARGET_DIR/release
+apps=$("$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$bin/liblloop.a" spdk_dd)
 lloop=$bin/lloop
 work=$(mktemp -d "${TMPDIR:-/tmp}/lloop-run.XXXXXX")
 socket=$work/rpc.sock

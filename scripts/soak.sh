@@ -17,11 +17,7 @@ while [ $# -gt 0 ]; do
 		if [ "$1" = --seed ]; then export LLOOP_SOAK_SEED=$2; else seconds=$2; fi
 		shift
 		;;
-	-h | --help)
-		help
-		exit 0
-		;;
-	*) die "unknown option $1" "see $0 --help" ;;
+	*) help_or_die "$1" ;;
 	esac
 	shift
 done

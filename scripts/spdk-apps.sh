@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Builds SPDK's own programs with lloop inside: bdevio and bdevperf (SPDK's test suites), spdk_dd and spdk_tgt. Prints the
-# folder they are in as its last line.
+# Builds SPDK's own programs with lloop inside: bdevio and bdevperf (SPDK's test suites), spdk_dd and spdk_tgt, or those of them
+# that are named. Prints the folder they are in as its last line.
 #
 # Their sources are copied out of the SPDK tree and built beside our own build, so that the tree stays as it is: it may be
 # somebody's own, or read-only. liblloop.a comes in by LDFLAGS, without a patch.
 #
-# usage: spdk-apps.sh SPDK_DIR LIBLLOOP
+# usage: spdk-apps.sh SPDK_DIR LIBLLOOP [PROGRAM]...
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 exec 3>&1 1>&2
 
-[ $# -eq 2 ] || die "usage: spdk-apps.sh SPDK_DIR LIBLLOOP"
+[ $# -ge 2 ] || die "usage: spdk-apps.sh SPDK_DIR LIBLLOOP [PROGRAM]..."
 spdk=$1 library=$2
+shift 2
+wanted=" ${*:-bdevio bdevperf spdk_dd spdk_tgt} "
 [ -r "$library" ] || die "$library is missing; cargo build --release makes it"
 out=$CARGO_TARGET_DIR/spdk-apps/$(spdk_version "$spdk")
 mkdir -p "$out"
@@ -43,7 +45,7 @@ is_new() { # NAME
 
 for app in bdevio:test/bdev/bdevio "bdevperf:$(cd "$spdk" && ls -d test/bdev/bdevperf examples/bdev/bdevperf 2>/dev/null | head -n 1)" spdk_dd:app/spdk_dd spdk_tgt:app/spdk_tgt; do
 	name=${app%%:*}
-	! is_new "$name" || continue
+	[[ $wanted == *" $name "* ]] && ! is_new "$name" || continue
 	rm -f "$out/$name"
 	quietly "building SPDK's $name with lloop inside" "$out/$name.log" build "$name" "${app#*:}"
 done

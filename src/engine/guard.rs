@@ -297,10 +297,8 @@ impl Guard {
             self.recovered(file);
             self.vouch(file)?;
         }
-        match group::group_unlock(file.as_fd(), gid) {
-            Ok(()) => {}
-            Err(errno) => return Err(format!("the group lock cannot be given back: {}", reason(errno))),
-        }
+        group::group_unlock(file.as_fd(), gid)
+            .map_err(|errno| format!("the group lock cannot be given back: {}", reason(errno)))?;
         work();
         self.relock_group(file, false)?;
         self.vouch(file)
@@ -321,11 +319,7 @@ impl Guard {
         let new = file.open_again().map_err(|e| e.message)?;
         let held = self.advisory == Some(Outcome::Held);
         match self.options.group {
-            Some(gid) => match lock_group(&new, gid) {
-                Ok(()) => {}
-                Err(libc::EAGAIN) => return Err("somebody else holds a group lock".into()),
-                Err(errno) => return Err(format!("the group lock cannot be taken again: {}", reason(errno))),
-            },
+            Some(gid) => lock_group(&new, gid).map_err(no_group)?,
             None if held => {
                 for each in [file, &new] {
                     if lock::try_lock(each.as_fd(), false) != Ok(Outcome::Held) {
@@ -351,17 +345,14 @@ impl Guard {
     /// # Errors
     /// Who or what is in the way, for people.
     pub(super) fn retake_all(&self, file: &DirectFile) -> Result<(), String> {
-        if let (Some(_), Some(Outcome::Held)) = (self.options.advisory, self.advisory) {
+        if self.advisory == Some(Outcome::Held) {
             match self.retake_advisory(file) {
                 Ok(true) => {}
                 Ok(false) => return Err("somebody else holds the advisory lock".into()),
                 Err(errno) => return Err(format!("the advisory lock: {}", reason(errno))),
             }
         }
-        if self.options.group.is_some() {
-            self.relock_group(file, true)?;
-        }
-        Ok(())
+        self.relock_group(file, true)
     }
 
     fn relock_group(&self, file: &DirectFile, unlock_first: bool) -> Result<(), String> {
@@ -377,10 +368,7 @@ impl Guard {
                 Err(errno) => errno,
             };
             if Instant::now() >= deadline {
-                return Err(match errno {
-                    libc::EAGAIN => "somebody else holds a group lock".into(),
-                    errno => format!("the group lock cannot be taken again: {}", reason(errno)),
-                });
+                return Err(no_group(errno));
             }
             std::thread::sleep(PAUSE);
         }
@@ -397,6 +385,14 @@ impl Guard {
         self.set_standing(Standing::Held);
         self.recoveries.fetch_add(1, Ordering::Relaxed);
         (was != 0).then(|| group::data_version(file.as_fd()).is_ok_and(|now| now != was))
+    }
+}
+
+/// Why a group lock could not be had again, for people.
+fn no_group(errno: i32) -> String {
+    match errno {
+        libc::EAGAIN => "somebody else holds a group lock".into(),
+        errno => format!("the group lock cannot be taken again: {}", reason(errno)),
     }
 }
 

@@ -2,7 +2,6 @@
 
 use super::channel::{Channel, Token, oldest_in_rings};
 use super::options::CreateParams;
-use super::prepare;
 use super::state::{State, StateCell};
 use crate::engine::guard::Standing;
 use crate::engine::lane::LaneLoad;
@@ -96,6 +95,8 @@ pub struct Facts {
     pub uuid: uuid::Uuid,
     /// How its filesystem is mounted.
     pub mount: Option<Mount>,
+    /// The version of this node's Lustre client, as it says itself.
+    pub client_version: Option<String>,
 }
 
 impl Device {
@@ -305,7 +306,7 @@ impl Bdev for Device {
             }
         }
         if identity.fid.is_some() {
-            info["client_version"] = prepare::client_version().into();
+            info["client_version"] = self.facts.client_version.clone().into();
         }
         if let Some(mount) = &self.facts.mount {
             info["mount"] = json!({"point": mount.point, "source": mount.source, "options": mount.options.join(",")});

@@ -63,6 +63,8 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
         probed.map_err(|why| Error::new(libc::EBUSY, format!("{shown}: {why}")))?;
     }
     let engine = choose_engine(params, &file);
+    let on_lustre = file.identity().fid.is_some();
+    let client_version = on_lustre.then(client_version).flatten();
     let facts = Facts {
         identity: *file.identity(),
         protection: protection(&guard),
@@ -71,10 +73,11 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
         engine,
         uuid: params.uuid.unwrap_or_else(|| file.identity().uuid()),
         mount,
+        client_version: client_version.clone(),
     };
     let target = Target::guarded(file, guard, params.offset, params.block_size);
     target.set_len_bytes(num_blocks * u64::from(params.block_size));
-    let map = if target.on_lustre() { target.read_layout() } else { None }.unwrap_or_else(LaneMap::single);
+    let map = if on_lustre { target.read_layout() } else { None }.unwrap_or_else(LaneMap::single);
     let stripe_bytes = target.layout().and_then(|layout| layout.stripe_size_bytes(size_bytes)).unwrap_or(0);
     // (A boundary has to divide the device evenly, from its start on.)
     let fits = stripe_bytes > 0 && params.offset.is_multiple_of(stripe_bytes);
@@ -82,7 +85,7 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
     let split = match params.stripe_split {
         StripeSplit::On => true,
         StripeSplit::Off => false,
-        StripeSplit::Auto => target.on_lustre() && !client_splits(&client_version().unwrap_or_default()),
+        StripeSplit::Auto => on_lustre && !client_splits(client_version.as_deref().unwrap_or_default()),
     };
     Ok(Prepared { target, map, facts, num_blocks, stripe_blocks, split: split && stripe_blocks > 0 })
 }
@@ -161,7 +164,7 @@ fn choose_engine(params: &CreateParams, file: &DirectFile) -> (&'static str, Str
 }
 
 /// The version of this node's Lustre client, as it says itself.
-pub fn client_version() -> Option<String> {
+fn client_version() -> Option<String> {
     let text = std::fs::read_to_string("/sys/fs/lustre/version").ok()?;
     Some(text.trim().trim_start_matches("lustre:").trim().to_owned())
 }

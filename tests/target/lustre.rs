@@ -2,10 +2,9 @@
 
 use crate::common::load::Load;
 use crate::common::nvme::Failed;
-use crate::common::slow::{SlowFile, fixture, on_lustre};
-use crate::common::{Target, folder};
+use crate::common::slow::{SlowFile, fixture};
+use crate::common::{Target, eventually, folder};
 use serde_json::{Value, json};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
@@ -13,8 +12,7 @@ const BLOCKS: u64 = 8 * MIB / 4096;
 
 /// A target that is a client of Lustre, and looks after its files often.
 fn start() -> Target {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lloop_tgt"));
-    let target = Target::start_by(on_lustre(&mut command), &[], folder());
+    let target = Target::start_on_lustre(&[]);
     target.ok("bdev_lloop_set_options", json!({"lock_check": 1, "lock_timeout": 3, "stall_warn": 1}));
     target
 }
@@ -38,12 +36,8 @@ fn stats(target: &Target, name: &str) -> Value {
 }
 
 /// Waits until `seen`.
-fn until(what: &str, mut seen: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(30);
-    while !seen() {
-        assert!(Instant::now() < deadline, "waiting until {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+fn until(what: &str, seen: impl FnMut() -> bool) {
+    assert!(eventually(seen), "waiting until {what}");
 }
 
 #[test]

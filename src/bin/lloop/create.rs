@@ -1,7 +1,7 @@
 //! `lloop create`: an image to attach. The target has no part in it.
 
 use crate::args::Create;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, reason};
 use crate::lustre::create::{O_LOV_DELAY_CREATE, Striping, is_on_lustre, set_stripe};
 use crate::lustre::layout::{ALL_OSTS, Layout, STRIPE_UNIT_BYTES};
 use crate::output::Report;
@@ -185,11 +185,6 @@ fn cannot(file: &Path, error: &io::Error) -> Error {
 }
 
 /// The system's words without its number.
-fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -59,9 +59,21 @@ impl Error {
     }
 }
 
+/// What the system says of a failure, without the number.
+pub fn reason(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reasons_are_words() {
+        assert_eq!(reason(&io::Error::from_raw_os_error(libc::ENOENT)), "No such file or directory");
+        assert_eq!(reason(&io::Error::other("odd")), "odd");
+    }
 
     #[test]
     fn refusals_are_explained() {

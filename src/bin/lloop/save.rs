@@ -1,7 +1,7 @@
 //! `lloop save`: what the target is and has, in a file that brings it back at the next start.
 
 use crate::client::Client;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, reason};
 use crate::output::Report;
 use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
@@ -16,10 +16,8 @@ use std::path::Path;
 pub fn save(client: &mut Client, file: &Path) -> Result<Report> {
     let config = config(client)?;
     let shown = file.display();
-    replace(file, format!("{config:#}\n").as_bytes()).map_err(|e| {
-        let text = e.to_string();
-        Error::Failed(format!("cannot save to {shown}: {}", text.split(" (os error").next().unwrap_or_default()))
-    })?;
+    replace(file, format!("{config:#}\n").as_bytes())
+        .map_err(|e| Error::Failed(format!("cannot save to {shown}: {}", reason(&e))))?;
     let devices = devices(&config);
     let s = if devices == 1 { "" } else { "s" };
     Ok(Report {

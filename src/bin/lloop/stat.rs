@@ -1,7 +1,7 @@
 //! `lloop stat`: what devices have done.
 
 use crate::client::Client;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, reason};
 use crate::output::Report;
 use crate::table::{self, Align};
 use crate::{device, size};
@@ -129,7 +129,7 @@ impl DeviceStats {
             text += &format!(", oldest I/O {}", duration(self.oldest_io_us as f64));
         }
         if self.last_errno != 0 {
-            text += &format!(", last error: {}", errno_in_words(self.last_errno));
+            text += &format!(", last error: {}", reason(&io::Error::from_raw_os_error(self.last_errno)));
         }
         text + "\n"
     }
@@ -224,11 +224,6 @@ pub fn duration(us: f64) -> String {
         _ => (us / 1e6, "s"),
     };
     if value < 99.95 { format!("{value:.1} {unit}") } else { format!("{value:.0} {unit}") }
-}
-
-fn errno_in_words(errno: i32) -> String {
-    let text = io::Error::from_raw_os_error(errno).to_string();
-    text.split(" (os error").next().unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
