@@ -41,27 +41,41 @@ pub fn processors_but(excluded: &[u32]) -> usize {
     cpus_but(excluded).len()
 }
 
-/// The processors that this process may use, without those in `excluded`.
+/// The processors that this process may use, without those in `excluded`, and no more of them than a quota (`cpu.max`) leaves time for.
 pub(super) fn cpus_but(excluded: &[u32]) -> Vec<u32> {
-    allowed_cpus().into_iter().filter(|cpu| !excluded.contains(cpu)).collect()
+    let (allowed, at_once) = allowed_cpus();
+    within_quota(&allowed, at_once, excluded)
 }
 
-/// The processors that the cgroup lets us use, however the calling thread is pinned: a thread that asks for all of them gets those.
-fn allowed_cpus() -> Vec<u32> {
+fn within_quota(allowed: &[u32], at_once: usize, excluded: &[u32]) -> Vec<u32> {
+    let (taken, mut free): (Vec<u32>, Vec<u32>) = allowed.iter().partition(|cpu| excluded.contains(cpu));
+    free.truncate(at_once.saturating_sub(taken.len()));
+    free
+}
+
+/// The processors that the cgroup lets us use, however the calling thread is pinned (a thread that asks for all of them gets those), and
+/// how many of them at once.
+fn allowed_cpus() -> (Vec<u32>, usize) {
     let ask = || {
         set_affinity(&CpuSet::but(&[]));
         // SAFETY: an all-zero cpu_set_t is the empty set.
         let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
         // SAFETY: 0 is the calling thread; the set is live and its size is given.
         if unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) } != 0 {
-            return online_cpus();
+            return None;
         }
         // SAFETY: the indices are less than the set's size.
-        (0..libc::CPU_SETSIZE as u32).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu as usize, &set) }).collect()
+        let allowed = (0..libc::CPU_SETSIZE as u32).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu as usize, &set) });
+        Some((allowed.collect(), std::thread::available_parallelism().ok()?.get()))
     };
-    std::thread::scope(|scope| {
-        let asked = std::thread::Builder::new().spawn_scoped(scope, ask);
-        asked.ok().and_then(|thread| thread.join().ok()).unwrap_or_else(online_cpus)
+    let asked = std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, ask);
+        thread.ok().and_then(|thread| thread.join().ok()).flatten()
+    });
+    asked.unwrap_or_else(|| {
+        let online = online_cpus();
+        let count = online.len();
+        (online, count)
     })
 }
 
@@ -97,6 +111,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_quota_leaves_less() {
+        assert_eq!(within_quota(&[0, 1, 2, 3], 4, &[0]), [1, 2, 3]);
+        assert_eq!(within_quota(&[0, 1, 2, 3], 2, &[0]), [1]);
+        assert_eq!(within_quota(&[0, 1, 2, 3], 1, &[0]), [0u32; 0]);
+        assert_eq!(within_quota(&[4, 5], 2, &[0]), [4, 5], "a reactor elsewhere takes none of ours");
+    }
+
+    #[test]
     fn cpu_lists() {
         assert_eq!(parse_cpu_list("0-3,8,10-11\n"), [0, 1, 2, 3, 8, 10, 11]);
         assert_eq!(parse_cpu_list("0"), [0]);
@@ -110,7 +132,7 @@ mod tests {
             run_anywhere_but(&online_cpus());
             assert_eq!(processors_but(&online_cpus()), 0);
             assert!(set_affinity(&CpuSet::but(&[0])) && online_cpus().len() > 1);
-            assert!(allowed_cpus().contains(&0), "whatever this thread is pinned to");
+            assert!(allowed_cpus().0.contains(&0), "whatever this thread is pinned to");
             assert!(std::thread::available_parallelism().unwrap().get() >= 1);
         })
         .join()
