@@ -19,6 +19,9 @@ TAIL_S = 0.25
 # When the watched work may be more than the default options are made for: docs/performance.md says where.
 DEEP = {"lane_limit": 64, "workers": 128}
 
+# The uring engine on the reactor's processor alone.
+ALONE = "lloop/uring no sqpoll"
+
 
 class Failed(Exception):
     """A rival cannot do this work. Says why in a line."""
@@ -95,7 +98,7 @@ def latencies(histogram):
 def description(kind, name, path):
     """The RPC that makes a bdev."""
     if kind.startswith("lloop/"):
-        return ("bdev_lloop_create", {"filename": path, "name": name, "allow_any_fs": True, "engine": kind[6:]})
+        return ("bdev_lloop_create", {"filename": path, "name": name, "allow_any_fs": True, "engine": kind[6:].split()[0]})
     if kind == "malloc":
         return ("bdev_malloc_create", {"name": name, "num_blocks": 128 * MIB // 4096, "block_size": 4096})
     return (kind + "_create", {"filename": path, "name": name, "block_size": 4096})
@@ -112,8 +115,11 @@ class Bdevperf:
 
     def start(self, bdevs, work, depth, size, seconds, deep):
         calls = [dict(zip(("method", "params"), description(*b))) for b in bdevs]
-        if deep:
-            calls.insert(0, {"method": "bdev_lloop_set_options", "params": DEEP})
+        options = dict(DEEP) if deep else {}
+        if any(kind == ALONE for kind, _, _ in bdevs):
+            options["sqpoll"] = False
+        if options:
+            calls.insert(0, {"method": "bdev_lloop_set_options", "params": options})
         config = os.path.join(self.work, "bdevs.json")
         with open(config, "w") as file:
             json.dump({"subsystems": [{"subsystem": "bdev", "config": calls}]}, file)

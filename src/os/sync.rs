@@ -111,7 +111,9 @@ mod loom_tests {
             let producers: Vec<_> = [[1, 2], [11, 12]]
                 .map(|values| {
                     let inbox = inbox.clone();
-                    thread::spawn(move || drop(inbox.push(batch(&values))))
+                    thread::spawn(move || {
+                        inbox.push(batch(&values));
+                    })
                 })
                 .into_iter()
                 .collect();
@@ -123,7 +125,7 @@ mod loom_tests {
                 }
             };
             take(&mut seen);
-            producers.into_iter().for_each(|p| drop(p.join().unwrap()));
+            producers.into_iter().for_each(|p| p.join().unwrap());
             take(&mut seen);
             assert_eq!(seen.iter().filter(|&&v| v < 10).collect::<Vec<_>>(), [&1, &2]);
             assert_eq!(seen.iter().filter(|&&v| v > 10).collect::<Vec<_>>(), [&11, &12]);
