@@ -206,15 +206,21 @@ fn a_full_filesystem_is_reported_as_such(rig: Make) {
 }
 
 fn neighbours_are_merged_and_each_gets_its_own_result(rig: Make) {
-    let mut rig = rig(1 << 20, 4096, 512, false);
+    // In memory that suits direct I/O, that suits all but ext4's writes, and that does not suit; or in a mixture.
+    for shift in [|_| 0, |_| 512, |_| 1, |i| [0, 512, 1][i % 3]] {
+        neighbours_in(rig(1 << 20, 4096, 512, false), shift);
+    }
+}
+
+fn neighbours_in(mut rig: Rig, shift: fn(usize) -> usize) {
     let len = 40 * 4096;
     std::fs::File::options().write(true).open(&rig.path).unwrap().set_len(len).unwrap();
-    let buffers: Vec<_> = (0..64).map(|i| LeakedBuffers::new(&[4096], 0, i as u8 ^ 0x55)).collect();
+    let buffers: Vec<_> = (0..64).map(|i| LeakedBuffers::new(&[4096], shift(i), i as u8 ^ 0x55)).collect();
     for (i, buffer) in buffers.iter().take(40).enumerate() {
         rig.stage(Op::Write, i as u64 * 4096, 4096, buffer.iovs(), i as u64);
     }
     assert!(rig.wait().iter().all(|a| a.result.is_ok()));
-    let back: Vec<_> = (0..64).map(|_| LeakedBuffers::new(&[4096], 0, 0)).collect();
+    let back: Vec<_> = (0..64).map(|i| LeakedBuffers::new(&[4096], shift(i), 0)).collect();
     for (i, buffer) in back.iter().enumerate() {
         rig.stage(Op::Read, i as u64 * 4096, 4096, buffer.iovs(), i as u64);
     }

@@ -22,6 +22,8 @@ const WINDOW: Duration = Duration::from_millis(1);
 /// The share of the time, in percent, that submitting would take alone, above which help is fetched, and below which it is sent away.
 const OVERLOAD: u64 = 60;
 const RELIEF: u64 = 40;
+/// One in so many submissions of a single I/O is timed.
+const TIMED_TURNS: u32 = 64;
 /// The most that waits for the kernel's thread: what is there cannot be taken back.
 pub(super) const MAX_BACKLOG: usize = 64;
 /// Without progress for so long it is not trusted any more (it takes some fifty microseconds to wake up),
@@ -74,6 +76,7 @@ pub(super) struct Balance {
     shunned_until: Ticks,
     shun: Ticks,
     shunned_at: Ticks,
+    turns: u32,
     limits: Limits,
 }
 
@@ -106,8 +109,16 @@ impl Balance {
             shunned_until: 0,
             shun,
             shunned_at: 0,
+            turns: 0,
             limits,
         }
+    }
+
+    /// Whether the reactor's way into the kernel is to be timed although it carries one I/O only, now and then.
+    #[inline]
+    pub(super) fn is_due(&mut self) -> bool {
+        self.turns = self.turns.wrapping_add(1);
+        self.turns.is_multiple_of(TIMED_TURNS)
     }
 
     /// Whether the kernel's thread is to be asked at all.
@@ -137,9 +148,6 @@ impl Balance {
             let long_ago = now.saturating_sub(self.shunned_at) > limits.forgiveness;
             self.shun = if long_ago { limits.shun.0 } else { (self.shun * 2).min(limits.shun.1) };
             (self.shunned_at, self.shunned_until) = (now, now + self.shun);
-            return 0;
-        }
-        if staged < 2 {
             return 0;
         }
         // As much as it can do until we come again, with what it has from here and from the reactor's other rings.
@@ -219,7 +227,8 @@ mod tests {
         fn turn(&mut self, staged: usize, cost_us: u64, other_us: u64, takes: usize) -> (usize, usize) {
             let Reactor { load, balance, .. } = self;
             let start = self.now;
-            let share = if balance.wants_help(load) { balance.share(load, staged, self.backlog, start) } else { 0 };
+            let helped = staged > 1 && balance.wants_help(load);
+            let share = if helped { balance.share(load, staged, self.backlog, start) } else { 0 };
             assert!(share <= staged && self.backlog + share <= MAX_BACKLOG);
             balance.gave(load, share, start);
             let own = (staged - share).min(balance.budget(load));

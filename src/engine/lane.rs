@@ -6,6 +6,7 @@
 
 use super::request::{Op, Request};
 use super::target::Target;
+use super::transfer::BOUNCE_BYTES;
 use crate::os::clock::Ticks;
 use crate::os::iov::IOV_MAX;
 use crate::os::queue::List;
@@ -139,18 +140,21 @@ impl<T> Lane<T> {
         let mut requests = List::default();
         let head = self.queue.pop_front()?;
         let (op, mut end, mut len, mut segments) = (head.op, head.end_bytes(), head.len_bytes, head.iovs.count());
-        // A neighbour is merged when one vectored call can take it as it is.
-        let mut mergeable = matches!(op, Op::Read | Op::Write) && fits_as_it_is(target, &head);
+        // A neighbour is merged when one vectored call can take it as it is, or after all of them are copied.
+        let mut mergeable = matches!(op, Op::Read | Op::Write) && is_whole_pages(target, &head);
+        let mut suits = head.suits_direct_io();
         requests.push_back(head);
         while mergeable && let Some(next) = self.queue.front() {
             mergeable = next.op == op
                 && next.offset_bytes == end
                 && len + next.len_bytes <= max_merge_bytes
                 && segments + next.iovs.count() <= IOV_MAX
-                && fits_as_it_is(target, next)
+                && is_whole_pages(target, next)
+                && (len + next.len_bytes <= BOUNCE_BYTES as u64 || (suits && next.suits_direct_io()))
                 && (range.is_none() || is_free(&page_range(next, align)));
             if mergeable && let Some(next) = self.queue.pop_front() {
                 (end, len, segments) = (next.end_bytes(), len + next.len_bytes, segments + next.iovs.count());
+                suits &= next.suits_direct_io();
                 requests.push_back(next);
             }
         }
@@ -169,11 +173,10 @@ impl<T> Lane<T> {
     }
 }
 
-/// Whether direct I/O takes it: whole pages, in memory that is aligned.
-fn fits_as_it_is<T>(target: &Target, request: &Request<T>) -> bool {
+/// Whether direct I/O takes it, but perhaps for its memory.
+fn is_whole_pages<T>(target: &Target, request: &Request<T>) -> bool {
     let align = target.file().offset_align_bytes();
-    let whole = !target.sub_page() || (request.offset_bytes | request.len_bytes).is_multiple_of(align as u64);
-    whole && request.suits_direct_io()
+    !target.sub_page() || (request.offset_bytes | request.len_bytes).is_multiple_of(align as u64)
 }
 
 /// The pages a request touches, and whether it modifies parts of them.

@@ -11,7 +11,7 @@ use crate::os::iov::{IoVecs, IovList};
 use crate::os::queue::List;
 
 /// How much a worker bounces at a time.
-const BOUNCE_BYTES: usize = 1 << 20;
+pub(super) const BOUNCE_BYTES: usize = 1 << 20;
 
 type Outcome = Result<(), i32>;
 
@@ -55,16 +55,34 @@ impl Transfer {
     /// Neighbours in one call. False when that did not do all of it: then each gets its own call and its own result.
     fn merged<T>(&mut self, requests: &List<Request<T>>) -> bool {
         let Some(first) = requests.front() else { return true };
-        let mut wanted = 0;
-        self.iovs.clear();
-        for request in requests.iter() {
-            self.iovs.push(&request.iovs, 0);
-            wanted += request.len_bytes;
-        }
+        let wanted = requests.iter().map(|request| request.len_bytes).sum::<u64>();
         if first.target.ends_before(first.offset_bytes + wanted) {
             return false;
         }
-        call(&first.target, first.op, &self.iovs, first.offset_bytes) == Ok(wanted as usize)
+        self.iovs.clear();
+        if requests.iter().all(Request::suits_direct_io) {
+            for request in requests.iter() {
+                self.iovs.push(&request.iovs, 0);
+            }
+            return call(&first.target, first.op, &self.iovs, first.offset_bytes) == Ok(wanted as usize);
+        }
+        // One copy, and one call, for all of them.
+        let Some(copy) = self.bounce.as_mut_slice().get_mut(..wanted as usize) else { return false };
+        let mut rest = &mut *copy;
+        for request in requests.iter().filter(|request| request.op == Op::Write) {
+            let part = rest.split_off_mut(..request.len_bytes as usize).unwrap_or_default();
+            request.iovs.gather(0, part);
+        }
+        self.iovs.push_slice(copy);
+        if call(&first.target, first.op, &self.iovs, first.offset_bytes) != Ok(wanted as usize) {
+            return false;
+        }
+        let mut rest = &self.bounce.as_mut_slice()[..wanted as usize];
+        for request in requests.iter().filter(|request| request.op == Op::Read) {
+            let part = rest.split_off(..request.len_bytes as usize).unwrap_or_default();
+            request.iovs.scatter(0, part);
+        }
+        true
     }
 
     fn single<T>(&mut self, request: &Request<T>) -> Outcome {

@@ -178,9 +178,11 @@ impl<T> Uring<T> {
 
     fn enter_from(&mut self, load: &mut Load) -> bool {
         let Uring { ring, polled, balance, flights, waiting, troubled, .. } = self;
-        let start = clock::now();
+        // An I/O alone is not worth two looks at the clock each time.
+        let is_timed = waiting.len() > 1 || balance.is_due();
+        let start = if is_timed { clock::now() } else { 0 };
         if let Some(ring) = polled
-            && !waiting.is_empty()
+            && waiting.len() > 1
             && balance.wants_help(load)
         {
             let mut batch = ring.batch();
@@ -194,7 +196,9 @@ impl<T> Uring<T> {
         let count =
             if waiting.is_empty() { 0 } else { flights.hand_over(waiting, &mut ring.batch(), balance.budget(load)) };
         let again = try_entering(ring, troubled);
-        balance.entered(load, count, start, clock::now());
+        if is_timed {
+            balance.entered(load, count, start, clock::now());
+        }
         again || !waiting.is_empty()
     }
 
