@@ -179,7 +179,8 @@ impl<T> Uring<T> {
     fn enter_from(&mut self, load: &mut Load) -> bool {
         let Uring { ring, polled, balance, flights, waiting, troubled, .. } = self;
         // An I/O alone is not worth two looks at the clock each time.
-        let is_timed = waiting.len() > 1 || balance.is_due();
+        let is_due = balance.is_due();
+        let is_timed = waiting.len() > 1 || is_due;
         let start = if is_timed { clock::now() } else { 0 };
         if let Some(ring) = polled
             && waiting.len() > 1
@@ -191,6 +192,12 @@ impl<T> Uring<T> {
             drop(batch);
             balance.gave(load, gave, start);
             flights.watch.helped.store(balance.given(), Ordering::Relaxed);
+            try_entering(ring, troubled);
+        } else if let Some(ring) = polled
+            && is_due
+            && ring.in_flight() > 0
+        {
+            // Should waking its thread have failed, there may be nothing else that does it again.
             try_entering(ring, troubled);
         }
         let count =
