@@ -205,6 +205,8 @@ impl<T> Uring<T> {
         let again = try_entering(ring, troubled);
         if is_timed {
             balance.entered(load, count, start, clock::now());
+        } else {
+            load.guess(count);
         }
         again || !waiting.is_empty()
     }
