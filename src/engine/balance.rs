@@ -188,13 +188,12 @@ impl Balance {
     pub(super) fn entered(&mut self, load: &mut Load, count: usize, start: Ticks, end: Ticks) {
         let spent = end.saturating_sub(start);
         load.in_kernel += spent;
-        if count == 0 {
-            return;
+        if count > 0 {
+            average(&mut load.cost, spent / count as u64);
+            // (A pause is not a period.)
+            average(&mut self.period, end.saturating_sub(self.last).min(self.limits.window));
+            self.last = end;
         }
-        average(&mut load.cost, spent / count as u64);
-        // (A pause is not a period.)
-        average(&mut self.period, end.saturating_sub(self.last).min(self.limits.window));
-        self.last = end;
         let elapsed = end.saturating_sub(load.since);
         if elapsed >= self.limits.window {
             let share = load.in_kernel * 100 / elapsed;
@@ -265,6 +264,19 @@ mod tests {
         }
         assert!(!reactor.balance.wants_help(&reactor.load), "it went away when there was little to do");
         assert_eq!(reactor.turn(8, 1, 4, 8), (0, 8));
+    }
+
+    #[test]
+    fn help_that_takes_everything_is_sent_away_as_well() {
+        let mut reactor = Reactor::new(Help::Auto);
+        for _ in 0..1000 {
+            reactor.turn(8, 4, 1, 8);
+        }
+        assert!(reactor.balance.wants_help(&reactor.load));
+        for _ in 0..1000 {
+            reactor.turn(2, 4, 96, 2);
+        }
+        assert_eq!(reactor.turn(2, 4, 96, 2), (0, 2), "there is little to do");
     }
 
     #[test]
