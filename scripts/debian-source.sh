@@ -16,7 +16,7 @@ fetch_source() {
 	printf 'deb-src %s%s %s main\n' "$signed" "$uri" "$suite" >"$folder/sources.list"
 	local options=(-q -o "Dir::Etc::SourceList=$folder/sources.list" -o Dir::Etc::SourceParts=/dev/null
 		-o "Dir::State::Lists=$folder/lists" -o "Dir::Cache=$folder/cache" -o APT::Sandbox::User=root)
-	(cd "$folder" && step apt-get "${options[@]}" update &&
+	(cd "$folder" && step apt-get "${options[@]}" --error-on=any update &&
 		step apt-get "${options[@]}" source --tar-only --download-only "$source") || return 1
 	ls "$folder/${source%%=*}"_*.orig.tar.* >/dev/null 2>&1
 }

@@ -31,16 +31,23 @@ help_or_die() {
 # quietly WHAT LOG COMMAND...: runs COMMAND with its output in LOG, says WHAT and how long it took, and on a failure
 # shows the end of the log: quiet while all is well, informative when it is not.
 quietly() {
+	local rc=0
+	quietly_or "$@" || rc=$?
+	[ "$rc" -ne 0 ] || return 0
+	if grep -q 'No space left on device' "$2"; then die "the disk is full: $1" "make room and run this again; the whole log: $2"; fi
+	tail -n 30 "$2" | sed 's/^/    | /' >&2
+	die "failed with status $rc: $1" "the whole log: $2"
+}
+
+# The same, but a failure is the caller's to handle.
+quietly_or() {
 	local what=$1 log=$2 start=$SECONDS rc=0
 	shift 2
 	mkdir -p "$(dirname "$log")"
 	say "$what"
 	"$@" >"$log" 2>&1 </dev/null || rc=$?
-	if [ "$rc" -ne 0 ]; then
-		tail -n 30 "$log" | sed 's/^/    | /' >&2
-		die "failed with status $rc: $what" "the whole log: $log"
-	fi
 	if [ $((SECONDS - start)) -ge 3 ]; then note "took $((SECONDS - start)) s"; fi
+	return "$rc"
 }
 
 # step COMMAND...: shows the command in the log that it is run into.
@@ -51,13 +58,20 @@ step() {
 	return "$rc"
 }
 
-# The version of a SPDK tree as MAJOR.MINOR with two digits each ("20.07"), or nothing.
+# The version of an SPDK tree as MAJOR.MINOR with two digits each ("26.01"), or nothing. A tree of a newer release has version.h
+# only once it is built, and says its version in VERSION before.
 spdk_version() {
 	local header=$1/include/spdk/version.h
-	[ -r "$header" ] || return 0
-	awk '$1 == "#define" && $2 == "SPDK_VERSION_MAJOR" { major = $3 } $1 == "#define" && $2 == "SPDK_VERSION_MINOR" { minor = $3 }
-		END { if (major != "") printf "%d.%02d\n", major, minor }' "$header"
+	if [ -r "$header" ]; then
+		awk '$1 == "#define" && $2 == "SPDK_VERSION_MAJOR" { major = $3 } $1 == "#define" && $2 == "SPDK_VERSION_MINOR" { minor = $3 }
+			END { if (major != "") printf "%d.%02d\n", major, minor }' "$header"
+	elif [ -r "$1/VERSION" ]; then
+		sed -n 's/^\([0-9][0-9]*\.[0-9][0-9]\).*/\1/p' "$1/VERSION"
+	fi
 }
+
+# not_older A B: whether version A is B or later.
+not_older() { [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$2" ]; }
 
 # spdk_rpath SPDK [LIBRARIES]: linker options by which a program finds the libraries of a SPDK built --with-shared (in LIBRARIES,
 # default SPDK's own folder), and DPDK's; without effect for a static one. (The old kind of path: it also counts for the

@@ -10,7 +10,7 @@
 #   --no-build         stop before cargo build
 #   --undo-hugepages   put the number of hugepages back to what it was before the first run, and exit
 #
-# SPDK_DIR     a built SPDK tree to use (v20.07 to v26.05) instead of building v20.07
+# SPDK_DIR     a built SPDK tree to use (v24.09 or later) instead of building one
 # LLOOP_CACHE  where SPDK is built (default ~/.cache/lloop)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -43,11 +43,11 @@ if [ -n "${undo:-}" ]; then
 	exit 0
 fi
 
-# Debian's names. The first line builds SPDK v20.07 and what it links, the second bindgen, the third what v26.05 links too.
+# Debian's names. The first two lines build SPDK and what it links, the third is bindgen's.
 packages=(
-	gcc g++ make pkg-config patch libnuma-dev libaio-dev libssl-dev uuid-dev libncurses-dev libcunit1-dev liburing-dev nasm meson ninja-build python3 xz-utils procps
+	gcc g++ make pkg-config patch autoconf automake libtool nasm meson ninja-build python3 python3-jinja2 python3-pyelftools python3-tabulate xz-utils procps
+	libnuma-dev libaio-dev libssl-dev uuid-dev libncurses-dev libcunit1-dev liburing-dev libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
 	libclang-dev clang
-	libkeyutils-dev libfuse3-dev libbsd-dev libarchive-dev
 )
 [ -z "$tests" ] || packages+=(util-linux mount e2fsprogs fuse3 python3-venv libiscsi-bin fdisk groff-base systemd squashfs-tools curl)
 [ -z "$fio" ] || packages+=(fio)

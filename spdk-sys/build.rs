@@ -1,29 +1,15 @@
 //! Finds a built SPDK tree, generates the bindings from its headers and links it whole.
 //!
-//! Which tree: `SPDK_DIR`, else the one that `scripts/setup.sh` left in its cache.
-//! What differs between versions is found out by looking at the headers themselves, not at the version number, so that the
-//! releases between the two that we test have a fair chance: each difference becomes one `cfg`, used in `src/compat.rs` only.
+//! Which tree: `SPDK_DIR`, else the newest one that `scripts/setup.sh` left in its cache. It is v24.09 or later; or v20.07, the
+//! last resort, for which `cfg(spdk_fallback)` is set. Only `src/compat.rs` looks at that.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-/// A difference between SPDK versions: the cfg that is set when `header` contains `text`.
-const PROBES: &[(&str, &str, &str)] = &[
-    ("spdk_app_opts_sized", "event.h", "size_t opts_size"),
-    ("spdk_main_core", "event.h", "main_core"),
-    ("spdk_no_huge", "event.h", "no_huge"),
-    ("spdk_lcore_map", "event.h", "lcore_map"),
-    ("spdk_interrupt_mode", "event.h", "interrupt_mode"),
-    ("spdk_interrupts", "thread.h", "spdk_poller_register_interrupt"),
-    ("spdk_threads_move", "scheduler.h", "spdk_scheduler"),
-    ("spdk_cpumask_locks", "event.h", "disable_cpumask_locks"),
-    ("spdk_io_channel_struct_size", "thread.h", "define SPDK_IO_CHANNEL_STRUCT_SIZE"),
-    ("spdk_bdev_bitfields", "bdev_module.h", "split_on_optimal_io_boundary : 1"),
-    ("spdk_module_fini_done", "bdev_module.h", "void spdk_bdev_module_fini_done("),
-    ("spdk_phys_blocklen", "bdev_module.h", "phys_blocklen;"),
-    ("spdk_reset_drain_timeout", "bdev_module.h", "reset_io_drain_timeout"),
-];
+/// The oldest release that hands FUA to a bdev module. v20.07, the last resort of `scripts/spdk.sh`, is the one exception.
+const OLDEST: (u32, u32) = (24, 9);
+const FALLBACK: (u32, u32) = (20, 7);
 
 const FUNCTIONS: &[&str] = &[
     "spdk_app_(opts_init|start|stop|fini|start_shutdown)",
@@ -60,7 +46,7 @@ const TYPES: &[&str] = &[
     "spdk_io_channel",
     "spdk_json_val",
     "spdk_mem_map_(ops|notify_action)",
-    "spdk_log_level",
+    "spdk_log_(level|flag)",
     "spdk_scsi_(status|sense|asc|ascq)",
     "spdk_nvme_(status_code_type|generic_command_status_code|media_error_status_code)",
 ];
@@ -68,7 +54,7 @@ const TYPES: &[&str] = &[
 /// A test double of half of SPDK, left by the unit tests; and the reader of traces, a program's part, which is C++.
 const NOT_FOR_TARGETS: &[&str] = &["spdk_ut_mock", "spdk_trace_parser"];
 
-/// v20.07 has no pkg-config files. The DPDK libraries that SPDK needs there, and the system's (facts/spdk.md).
+/// v20.07 has no pkg-config files. The DPDK libraries that SPDK needs there, and the system's.
 const DPDK_LIBS_WITHOUT_PKG_CONFIG: &[&str] = &[
     "eal",
     "mempool",
@@ -108,21 +94,30 @@ fn main() {
     println!("cargo::rustc-env=SPDK_SYS_VERSION={major}.{minor:02}");
     println!("cargo::rustc-env=SPDK_SYS_DIR={}", spdk.display());
 
-    let include = spdk.join("include/spdk");
-    for (cfg, header, text) in PROBES {
-        println!("cargo::rustc-check-cfg=cfg({cfg})");
-        let header = include.join(header);
-        if fs::read_to_string(&header).is_ok_and(|content| content.contains(text)) {
-            println!("cargo::rustc-cfg={cfg}");
-        }
+    println!("cargo::rustc-check-cfg=cfg(spdk_fallback)");
+    if (major, minor) == FALLBACK {
+        println!("cargo::rustc-cfg=spdk_fallback");
     }
     // A tree can be built without vhost; its header is there all the same.
     println!("cargo::rustc-check-cfg=cfg(spdk_vhost)");
     if spdk.join("build/lib/libspdk_vhost.a").exists() {
         println!("cargo::rustc-cfg=spdk_vhost");
     }
+    // Ceph's branch, which Debian carries, uses this log flag in its NVMe-oF target and defines it in its RBD module.
+    println!("cargo::rustc-check-cfg=cfg(spdk_log_reservation)");
+    let lib = spdk.join("build/lib");
+    if mentions(&lib.join("libspdk_nvmf.a"), RESERVATION_FLAG) && !lib.join("libspdk_bdev_rbd.a").exists() {
+        println!("cargo::rustc-cfg=spdk_log_reservation");
+    }
     generate_bindings(&spdk);
     link(&spdk);
+}
+
+const RESERVATION_FLAG: &[u8] = b"SPDK_LOG_reservation";
+
+/// Whether the bytes of `file` contain `text`.
+fn mentions(file: &Path, text: &[u8]) -> bool {
+    fs::read(file).is_ok_and(|bytes| bytes.windows(text.len()).any(|window| window == text))
 }
 
 fn find_spdk() -> PathBuf {
@@ -146,14 +141,14 @@ fn find_spdk() -> PathBuf {
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.join(".lloop-complete").exists() && is_built(path))
         .collect();
-    trees.sort_by_key(|path| fs::metadata(path.join(".lloop-complete")).and_then(|m| m.modified()).ok());
+    trees.sort_by_key(|path| (read_version(path), fs::metadata(path.join(".lloop-complete")).and_then(|m| m.modified()).ok()));
     trees.pop().unwrap_or_else(|| give_up("no SPDK found"))
 }
 
 fn give_up(why: &str) -> ! {
     println!("cargo::error={why}");
     println!(
-        "cargo::error=run scripts/setup.sh, which fetches and builds SPDK v20.07, or set SPDK_DIR to a built tree (v20.07 to v26.05)"
+        "cargo::error=run scripts/setup.sh, which fetches and builds SPDK, or set SPDK_DIR to a built tree (v24.09 or later)"
     );
     println!(
         "cargo::error=(the lloop command line alone builds without SPDK: cargo build --no-default-features --bin lloop)"
@@ -175,8 +170,10 @@ fn read_version(spdk: &Path) -> (u32, u32) {
         })
     };
     match (number("SPDK_VERSION_MAJOR"), number("SPDK_VERSION_MINOR")) {
-        (Some(major), Some(minor)) if (major, minor) >= (20, 7) => (major, minor),
-        (Some(major), Some(minor)) => give_up(&format!("SPDK v{major}.{minor:02} is older than v20.07")),
+        (Some(major), Some(minor)) if (major, minor) >= OLDEST || spdk.join(".lloop-fallback").exists() => (major, minor),
+        (Some(major), Some(minor)) => {
+            give_up(&format!("{} is SPDK v{major}.{minor:02}, which is older than v24.09", spdk.display()))
+        }
         _ => give_up(&format!("{} states no version", header.display())),
     }
 }

@@ -1,5 +1,5 @@
-//! The differences between SPDK v20.07 and v26.05, all of them: each function here has one meaning on every version.
-//! Which branch is taken is decided by `build.rs`, from the headers.
+//! The differences between the SPDK of today (v24.09 and later) and v20.07, the last resort (`cfg(spdk_fallback)`), all of them:
+//! each function here has one meaning on every version.
 
 use crate::bindings::*;
 use core::ffi::{c_char, c_int, c_void};
@@ -11,9 +11,9 @@ pub fn app_opts_default() -> spdk_app_opts {
     // SAFETY: the function fills in a structure of the size that these bindings were generated for; all-zero bytes are a
     // valid value of every field that it leaves alone.
     unsafe {
-        #[cfg(spdk_app_opts_sized)]
+        #[cfg(not(spdk_fallback))]
         spdk_app_opts_init(opts.as_mut_ptr(), size_of::<spdk_app_opts>());
-        #[cfg(not(spdk_app_opts_sized))]
+        #[cfg(spdk_fallback)]
         spdk_app_opts_init(opts.as_mut_ptr());
         opts.assume_init()
     }
@@ -21,11 +21,11 @@ pub fn app_opts_default() -> spdk_app_opts {
 
 /// Sets the core that runs the application thread (`--main-core`; `--master-core` in v20.07).
 pub fn app_opts_set_main_core(opts: &mut spdk_app_opts, core: c_int) {
-    #[cfg(spdk_main_core)]
+    #[cfg(not(spdk_fallback))]
     {
         opts.main_core = core;
     }
-    #[cfg(not(spdk_main_core))]
+    #[cfg(spdk_fallback)]
     {
         opts.master_core = core;
     }
@@ -33,12 +33,12 @@ pub fn app_opts_set_main_core(opts: &mut spdk_app_opts, core: c_int) {
 
 /// Runs without hugepages; `false` when this SPDK cannot.
 pub fn app_opts_set_no_huge(opts: &mut spdk_app_opts) -> bool {
-    #[cfg(spdk_no_huge)]
+    #[cfg(not(spdk_fallback))]
     {
         opts.no_huge = true;
         true
     }
-    #[cfg(not(spdk_no_huge))]
+    #[cfg(spdk_fallback)]
     {
         let _ = opts;
         false
@@ -48,13 +48,13 @@ pub fn app_opts_set_no_huge(opts: &mut spdk_app_opts) -> bool {
 /// Lays cores on processors, in the words of DPDK's `--lcores`; `false` when this SPDK cannot. The string must stay where it is
 /// until `spdk_app_start` returns.
 pub fn app_opts_set_lcore_map(opts: &mut spdk_app_opts, map: *const c_char) -> bool {
-    #[cfg(spdk_lcore_map)]
+    #[cfg(not(spdk_fallback))]
     {
         opts.lcore_map = map;
         opts.reactor_mask = core::ptr::null();
         true
     }
-    #[cfg(not(spdk_lcore_map))]
+    #[cfg(spdk_fallback)]
     {
         let _ = (opts, map);
         false
@@ -63,22 +63,22 @@ pub fn app_opts_set_lcore_map(opts: &mut spdk_app_opts, map: *const c_char) -> b
 
 /// Lets other processes use the same cores; older versions always do.
 pub fn app_opts_disable_cpumask_locks(opts: &mut spdk_app_opts) {
-    #[cfg(spdk_cpumask_locks)]
+    #[cfg(not(spdk_fallback))]
     {
         opts.disable_cpumask_locks = true;
     }
-    #[cfg(not(spdk_cpumask_locks))]
+    #[cfg(spdk_fallback)]
     let _ = opts;
 }
 
 /// Lets reactors sleep on event descriptors; `false` when this SPDK cannot.
 pub fn app_opts_set_interrupt_mode(opts: &mut spdk_app_opts) -> bool {
-    #[cfg(spdk_interrupt_mode)]
+    #[cfg(not(spdk_fallback))]
     {
         opts.interrupt_mode = true;
         true
     }
-    #[cfg(not(spdk_interrupt_mode))]
+    #[cfg(spdk_fallback)]
     {
         let _ = opts;
         false
@@ -87,18 +87,18 @@ pub fn app_opts_set_interrupt_mode(opts: &mut spdk_app_opts) -> bool {
 
 /// Whether reactors of this application sleep on event descriptors, at least sometimes.
 pub fn interrupt_mode_is_enabled() -> bool {
-    #[cfg(spdk_interrupts)]
+    #[cfg(not(spdk_fallback))]
     // SAFETY: reads a flag that is set before the application starts.
     unsafe {
         spdk_interrupt_mode_is_enabled()
     }
-    #[cfg(not(spdk_interrupts))]
+    #[cfg(spdk_fallback)]
     false
 }
 
 /// An event descriptor that a sleeping reactor looks at (`spdk_interrupt`); versions without have none.
 pub struct Interrupt {
-    #[cfg(spdk_interrupts)]
+    #[cfg(not(spdk_fallback))]
     raw: *mut spdk_interrupt,
 }
 
@@ -114,13 +114,13 @@ impl Interrupt {
         context: *mut c_void,
         name: *const c_char,
     ) -> Option<Self> {
-        #[cfg(spdk_interrupts)]
+        #[cfg(not(spdk_fallback))]
         {
             // SAFETY: as the caller promises; the name is copied.
             let raw = unsafe { spdk_interrupt_register(fd, Some(call), context, name) };
             (!raw.is_null()).then_some(Interrupt { raw })
         }
-        #[cfg(not(spdk_interrupts))]
+        #[cfg(spdk_fallback)]
         {
             let _ = (fd, call, context, name);
             None
@@ -132,7 +132,7 @@ impl Interrupt {
     /// # Safety
     /// On the thread that registered it.
     pub unsafe fn unregister(self) {
-        #[cfg(spdk_interrupts)]
+        #[cfg(not(spdk_fallback))]
         {
             let mut raw = self.raw;
             // SAFETY: registered, and used up with `self`.
@@ -151,16 +151,16 @@ pub unsafe fn poller_register_interrupt(
     changed: unsafe extern "C" fn(*mut spdk_poller, *mut c_void, bool),
     context: *mut c_void,
 ) {
-    #[cfg(spdk_interrupts)]
+    #[cfg(not(spdk_fallback))]
     // SAFETY: as the caller promises.
     unsafe {
         spdk_poller_register_interrupt(poller, Some(changed), context);
     }
-    #[cfg(not(spdk_interrupts))]
+    #[cfg(spdk_fallback)]
     let _ = (poller, changed, context);
 }
 
-#[cfg(spdk_interrupts)]
+#[cfg(not(spdk_fallback))]
 unsafe extern "C" {
     // Exported, and declared in a header that is not installed (spdk_internal/thread.h).
     fn spdk_thread_get_first_active_poller(thread: *mut spdk_thread) -> *mut spdk_poller;
@@ -175,7 +175,7 @@ unsafe extern "C" {
 /// On an SPDK thread.
 pub unsafe fn let_pollers_sleep(name: &core::ffi::CStr) -> usize {
     let mut count = 0;
-    #[cfg(spdk_interrupts)]
+    #[cfg(not(spdk_fallback))]
     // SAFETY: the thread's own list of its pollers, walked on that thread; names are C strings that live as long as they.
     unsafe {
         let mut poller = spdk_thread_get_first_active_poller(spdk_get_thread());
@@ -187,7 +187,7 @@ pub unsafe fn let_pollers_sleep(name: &core::ffi::CStr) -> usize {
             poller = spdk_thread_get_next_active_poller(poller);
         }
     }
-    #[cfg(not(spdk_interrupts))]
+    #[cfg(spdk_fallback)]
     let _ = (name, &mut count);
     count
 }
@@ -198,13 +198,13 @@ pub unsafe fn let_pollers_sleep(name: &core::ffi::CStr) -> usize {
 pub fn app_opts_set_pci_list(opts: &mut spdk_app_opts, addresses: &mut [spdk_pci_addr], allowed: bool) {
     opts.num_pci_addr = addresses.len();
     let list = addresses.as_mut_ptr();
-    #[cfg(spdk_main_core)]
+    #[cfg(not(spdk_fallback))]
     if allowed {
         opts.pci_allowed = list;
     } else {
         opts.pci_blocked = list;
     }
-    #[cfg(not(spdk_main_core))]
+    #[cfg(spdk_fallback)]
     if allowed {
         opts.pci_whitelist = list;
     } else {
@@ -237,9 +237,9 @@ pub unsafe fn vhost_set_socket_dir(dir: *const c_char) -> bool {
 
 /// Makes the bdev layer split reads and writes at `optimal_io_boundary` (a flag; a bit field in newer versions).
 pub fn bdev_set_split_on_optimal_io_boundary(bdev: &mut spdk_bdev, split: bool) {
-    #[cfg(spdk_bdev_bitfields)]
+    #[cfg(not(spdk_fallback))]
     bdev.__bindgen_anon_1.set_split_on_optimal_io_boundary(split.into());
-    #[cfg(not(spdk_bdev_bitfields))]
+    #[cfg(spdk_fallback)]
     {
         bdev.split_on_optimal_io_boundary = split;
     }
@@ -247,11 +247,11 @@ pub fn bdev_set_split_on_optimal_io_boundary(bdev: &mut spdk_bdev, split: bool) 
 
 /// Sets the physical block size in bytes, where SPDK has one to set.
 pub fn bdev_set_phys_blocklen(bdev: &mut spdk_bdev, len_bytes: u32) {
-    #[cfg(spdk_phys_blocklen)]
+    #[cfg(not(spdk_fallback))]
     {
         bdev.phys_blocklen = len_bytes;
     }
-    #[cfg(not(spdk_phys_blocklen))]
+    #[cfg(spdk_fallback)]
     {
         let _ = (bdev, len_bytes);
     }
@@ -264,9 +264,9 @@ pub fn bdev_set_phys_blocklen(bdev: &mut spdk_bdev, len_bytes: u32) {
 pub unsafe fn bdev_module_fini_done() {
     // SAFETY: as the caller promises.
     unsafe {
-        #[cfg(spdk_module_fini_done)]
+        #[cfg(not(spdk_fallback))]
         spdk_bdev_module_fini_done();
-        #[cfg(not(spdk_module_fini_done))]
+        #[cfg(spdk_fallback)]
         spdk_bdev_module_finish_done();
     }
 }
@@ -286,9 +286,9 @@ pub unsafe fn bdev_is_open(bdev: *const spdk_bdev) -> bool {
 /// `channel` is an I/O channel.
 #[inline]
 pub unsafe fn io_channel_ctx(channel: *mut spdk_io_channel) -> *mut core::ffi::c_void {
-    #[cfg(spdk_io_channel_struct_size)]
+    #[cfg(not(spdk_fallback))]
     const OWN_BYTES: usize = SPDK_IO_CHANNEL_STRUCT_SIZE as usize;
-    #[cfg(not(spdk_io_channel_struct_size))]
+    #[cfg(spdk_fallback)]
     const OWN_BYTES: usize = size_of::<spdk_io_channel>();
     // SAFETY: SPDK allocates the context with the channel, behind that many bytes.
     unsafe { channel.byte_add(OWN_BYTES).cast() }
@@ -296,10 +296,10 @@ pub unsafe fn io_channel_ctx(channel: *mut spdk_io_channel) -> *mut core::ffi::c
 
 /// The most alignment that a bdev may ask for: with more, the bdev layer's own buffers, which it hands to readers that bring none
 /// (iSCSI), are too small for what it lets them read (64 KiB and 512 bytes in v20.07).
-pub const MAX_BUFFER_ALIGN_BYTES: u32 = if cfg!(spdk_bdev_bitfields) { 4096 } else { 512 };
+pub const MAX_BUFFER_ALIGN_BYTES: u32 = if cfg!(spdk_fallback) { 512 } else { 4096 };
 
 /// Whether SPDK threads can move from one system thread to another (by a scheduler other than the static one).
-pub const THREADS_MOVE: bool = cfg!(spdk_threads_move);
+pub const THREADS_MOVE: bool = cfg!(not(spdk_fallback));
 
 /// The arguments of `spdk_log_cb` after the format, as vsnprintf takes them.
 #[cfg(target_arch = "x86_64")]
@@ -316,3 +316,34 @@ pub unsafe fn format_log(buffer: &mut [u8], format: *const c_char, args: VaList)
     // SAFETY: the buffer's length is given; the rest is the caller's promise.
     unsafe { vsnprintf(buffer.as_mut_ptr().cast(), buffer.len() as _, format, args) }
 }
+
+/// Whether the FUA bit of a write reaches the module. Without, no write may be answered before it is on stable storage.
+pub const HAS_FUA: bool = cfg!(not(spdk_fallback));
+
+/// Whether a write is to be on stable storage when it is answered (NVMe's FUA: bit 30 of command dword 12). Always false where
+/// [`HAS_FUA`] is.
+///
+/// # Safety
+/// `io` is a live write.
+#[inline]
+pub unsafe fn bdev_io_is_fua(io: &spdk_bdev_io) -> bool {
+    #[cfg(not(spdk_fallback))]
+    // SAFETY: a write has this member of the union, and its bytes are valid for a number.
+    unsafe {
+        io.u.bdev.nvme_cdw12.raw & (1 << 30) != 0
+    }
+    #[cfg(spdk_fallback)]
+    {
+        let _ = io;
+        false
+    }
+}
+
+/// A log flag that is never set, for an SPDK that mentions it and leaves it out (see `build.rs`).
+#[cfg(spdk_log_reservation)]
+#[unsafe(no_mangle)]
+#[used]
+static mut SPDK_LOG_reservation: spdk_log_flag = spdk_log_flag {
+    // SAFETY: zeroes are a valid flag: off, without a name, in no list.
+    ..unsafe { MaybeUninit::zeroed().assume_init() }
+};

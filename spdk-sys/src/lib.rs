@@ -1,4 +1,4 @@
-//! Raw bindings to SPDK, v20.07 to v26.05.
+//! Raw bindings to SPDK: v24.09 and later, and v20.07 as the last resort.
 //!
 //! Everything that differs between versions is in [`compat`]; the rest of the project sees one SPDK. The bindings follow the
 //! headers of the tree that was found at build time ([`SPDK_DIR`]), with bindgen's layout tests on.
