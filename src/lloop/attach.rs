@@ -7,7 +7,7 @@ use super::options::{self, CreateParams, capacity_blocks};
 use super::prepare::{Prepared, prepare};
 use super::state::State;
 use super::{Entry, MODULE, REGISTRY, pool};
-use crate::engine::guard::Standing;
+use crate::engine::state::VolumeState;
 use crate::engine::{Target, Volume};
 use crate::error::{Error, Result};
 use crate::os::file::{DirectFile, Identity, OpenOptions};
@@ -32,6 +32,12 @@ fn with_entries<R>(f: impl FnOnce(&mut BTreeMap<String, Entry>) -> R) -> Result<
 
 fn blocking() -> Result<Blocking> {
     REGISTRY.with(|registry| registry.blocking.clone()).ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
+}
+
+/// Runs `call`, which may block, on another thread; whether that can be done.
+pub fn in_background(call: impl FnOnce() + Send + 'static) -> bool {
+    // A reactor other than the application's asks as well: the way to the other threads is shared.
+    super::blocking().is_some_and(|blocking| blocking.start(call))
 }
 
 /// A name that is reserved until the attach has succeeded.
@@ -334,7 +340,7 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
 /// locks.
 pub async fn resume(name: &str) -> Result<()> {
     let (device, _) = find(name)?;
-    let sick = |target: &Arc<Target>| target.damage().is_some() || target.guard().standing() == Standing::Fenced;
+    let sick = |target: &Arc<Target>| target.damage().is_some() || target.state() == VolumeState::Fenced;
     let (Some(target), Some(volume)) = (device.target().filter(sick), device.volume_id()) else {
         return Err(Error::new(
             libc::EINVAL,

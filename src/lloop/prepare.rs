@@ -7,9 +7,11 @@ use crate::engine::guard::{Guard, GuardOptions, Sharing};
 use crate::engine::{LaneMap, Target, Uring};
 use crate::error::{Error, Result, reason};
 use crate::os::file::DirectFile;
+use crate::os::lustre::layout::Layout;
 use crate::os::mount::Mount;
 use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroU32;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// A file that is ready to become a device.
@@ -59,7 +61,9 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
             "{shown}: no discards: nothing would keep others out while the group lock is let go of for them"
         );
     } else if wanted {
-        let probed = guard.without_group(&file, || can_punch = file.can_punch());
+        let probed = guard.without_group(&file, &object_offsets(&file, size_bytes), |permit| {
+            can_punch = file.can_punch(permit);
+        });
         probed.map_err(|why| Error::new(libc::EBUSY, format!("{shown}: {why}")))?;
     }
     let engine = choose_engine(params, &file);
@@ -88,6 +92,14 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
         StripeSplit::Auto => on_lustre && !client_splits(client_version.as_deref().unwrap_or_default()),
     };
     Ok(Prepared { target, map, facts, num_blocks, stripe_blocks, split: split && stripe_blocks > 0 })
+}
+
+/// An offset in each object of a file.
+fn object_offsets(file: &DirectFile, size_bytes: u64) -> Vec<u64> {
+    match Layout::read(file.as_fd()) {
+        Ok(layout) => layout.object_offsets(size_bytes),
+        Err(_) => vec![0],
+    }
 }
 
 /// Which locks a device takes.
