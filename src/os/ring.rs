@@ -564,6 +564,10 @@ mod tests {
         }
         assert_eq!(Ring::new_polled(&options(Vec::new())).err(), Some(libc::ENODEV), "none is granted");
         let rings: Vec<Ring> = (0..3).map(|_| Ring::new_polled(&options(vec![0])).unwrap()).collect();
+        // A thread of the kernel's has its name when it runs first.
+        while processors_of_sq_threads().is_empty() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         assert_eq!(processors_of_sq_threads(), ["0"], "one thread for all");
         let file = tempfile::tempfile().unwrap();
         let buffer = LeakedBuffers::new(&[4096], 0, 5);
