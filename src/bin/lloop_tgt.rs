@@ -38,7 +38,7 @@ What lloop says, in the words of Rust's tracing: \fIwarn\fR, \fIlloop=debug\fR.
 #[derive(Parser, Debug)]
 #[command(name = "lloop_tgt", disable_version_flag = true)]
 struct Args {
-    /// Cores to run reactors on: a mask (0x3) or a list ([0,1])
+    /// Cores to run reactors on: a mask (0x3) or a list (`[0,1]`)
     #[arg(short = 'm', long, value_name = "MASK", default_value = "0x1")]
     cpumask: String,
     /// Core of the application's thread
