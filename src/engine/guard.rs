@@ -1,6 +1,6 @@
 //! What keeps others from a file: locks, taken when it is attached, watched, and taken again when they are lost.
 //!
-//! On Lustre there are two, which fail independently of each other (facts/lustre.md, measured): the advisory lock (open-file
+//! On Lustre there are two, which fail independently of each other (docs/internals/lustre.md#two-locks): the advisory lock (open-file
 //! description lock) at the metadata server, which an eviction drops silently, and the group lock at the storage servers, which
 //! shuts every stranger out and after an eviction fails each I/O with ENOLCK. While one of them is held without a gap nobody else
 //! can have come in, and the other is taken again without asking anybody. Where that is not so the volume is fenced until an
