@@ -30,7 +30,7 @@ impl Transfer {
         Ok(Transfer { iovs: IovList::default(), bounce: BounceBuffer::new(BOUNCE_BYTES)? })
     }
 
-    /// Executes the requests of one [`super::sched::Work`]: several only when they are flushes of one file, or neighbours. Whether
+    /// Executes the requests of one `sched::Work`: several only when they are flushes of one file, or neighbours. Whether
     /// all of them succeeded.
     pub fn execute<T>(&mut self, requests: &mut List<Request<T>>) -> bool {
         let Some(first) = requests.front() else { return true };

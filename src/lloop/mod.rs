@@ -129,7 +129,7 @@ impl bdev::Module for Lloop {
         })
     }
 
-    /// By now the bdev layer has unregistered every device, and [`Device::closed`] is done for each.
+    /// By now the bdev layer has unregistered every device, and [`bdev::Bdev::closed`] is done for each.
     fn fini(done: FiniDone) {
         let Some(registry) = REGISTRY.take() else { return done.report() };
         thread::spawn(async move {

@@ -181,8 +181,8 @@ fn client_version() -> Option<String> {
     Some(text.trim().trim_start_matches("lustre:").trim().to_owned())
 }
 
-/// Whether that client works on the stripes of one call in parallel: from 2.15 on (facts/lustre.md). One whose version is not known
-/// is taken for a new one.
+/// Whether that client works on the stripes of one call in parallel: from 2.15 on (docs/internals/lustre.md#stripes-in-parallel).
+/// One whose version is not known is taken for a new one.
 fn client_splits(version: &str) -> bool {
     let mut numbers = version.split(['.', '-', '_']).map_while(|part| part.parse::<u32>().ok());
     match (numbers.next(), numbers.next()) {

@@ -33,7 +33,7 @@ impl DirectFile {
         };
         match dio_align(self.fd.as_fd()) {
             Some((0, _) | (_, 0)) => return Err(refuse()),
-            // Lustre says nothing here; should it ever, whole pages are what every version takes (facts/lustre.md).
+            // Lustre says nothing here; should it ever, whole pages are what every version takes (docs/internals/lustre.md#alignment).
             Some((offset, memory)) if self.identity.fs_magic != lustre::CLIENT_MAGIC => {
                 self.align.offset_bytes = offset.max(512);
                 self.align.memory_bytes = memory;
