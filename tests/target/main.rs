@@ -22,6 +22,7 @@ mod metrics;
 mod programs;
 mod scripts;
 mod security;
+mod sharing;
 mod slow;
 mod soak;
 mod standin;

@@ -1,0 +1,112 @@
+//! Who may have a file of Lustre at the same time as others, and what an attach says to those who may not.
+
+use crate::common::slow::{SlowFile, fixture};
+use crate::common::{Target, folder};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1 << 20;
+const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
+
+fn start() -> Target {
+    let target = Target::start_on_lustre(&[]);
+    target.ok("bdev_lloop_set_options", json!({"lock_check": 1, "lock_timeout": LOCK_TIMEOUT.as_secs()}));
+    target
+}
+
+fn striped(folder: &tempfile::TempDir) -> SlowFile {
+    SlowFile::lustre(folder.path(), 8 * MIB, &fixture("v1-two-stripes"))
+}
+
+fn with_file(file: &SlowFile, more: &Value) -> Value {
+    let mut params = json!({"filename": file.path});
+    params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    params
+}
+
+fn attach(target: &Target, file: &SlowFile, more: Value) -> String {
+    target.ok("bdev_lloop_create", with_file(file, &more)).as_str().unwrap().to_owned()
+}
+
+#[test]
+fn sharing_needs_whole_pages() {
+    let dir = folder();
+    let file = striped(&dir);
+    let target = start();
+    for (more, words) in [
+        (json!({"group_id": 7, "block_size": 512}), "group_id"),
+        (json!({"group_id": 7, "block_size": 512, "offset": 512}), "group_id"),
+        (json!({"lock": "off", "block_size": 512}), "lock off"),
+    ] {
+        let words = ["image", words, "multiples of 4096"];
+        target.refused("bdev_lloop_create", with_file(&file, &more), libc::EINVAL, &words);
+    }
+    // Who is alone, or only reads, may.
+    for more in [json!({"block_size": 512}), json!({"lock": "off", "block_size": 512, "read_only": true})] {
+        let name = attach(&target, &file, more);
+        target.ok("bdev_lloop_delete", json!({"name": name}));
+    }
+}
+
+#[test]
+fn sharing_nobody_waits_for_a_strangers_group_lock() {
+    let dir = folder();
+    let file = striped(&dir);
+    let stranger = file.client("s");
+    stranger.ok("lock s 99");
+    let target = start();
+    for more in [
+        json!({"lock": "advisory"}),
+        json!({"lock": "off"}),
+        json!({"read_only": true}),
+        json!({"read_only": true, "lock": "off"}),
+    ] {
+        let start = Instant::now();
+        target.refused("bdev_lloop_create", with_file(&file, &more), libc::EBUSY, &["image", "group lock", "group_id"]);
+        assert!(start.elapsed() < LOCK_TIMEOUT, "{more}: {:?}", start.elapsed());
+    }
+    let stats = file.stats();
+    assert_eq!(
+        (&stats["groups_held"], &stats["records_held"], &stats["fallocates"]),
+        (&json!([99]), &json!(0), &json!(0))
+    );
+    stranger.ok("unlock s 99");
+    attach(&target, &file, json!({"lock": "off"}));
+    assert_eq!(file.stats()["groups_held"], json!([]), "looking for locks leaves none behind");
+}
+
+#[test]
+fn sharing_readers_beside_a_group() {
+    let dir = folder();
+    let file = striped(&dir);
+    // What another target has that was given a group_id.
+    let writer = file.client("w");
+    writer.ok("record w r");
+    writer.ok("lock w 77");
+    writer.ok("write w 4096 5");
+    let target = start();
+    let alone = with_file(&file, &json!({"read_only": true}));
+    target.refused("bdev_lloop_create", alone, libc::EBUSY, &["image", "group lock", "join"]);
+    let other = with_file(&file, &json!({"read_only": true, "lock": "group", "group_id": 78}));
+    target.refused("bdev_lloop_create", other, libc::EBUSY, &["image", "group lock"]);
+    let joined = attach(&target, &file, json!({"read_only": true, "lock": "group", "group_id": 77}));
+    assert!(target.connect(&joined).read(1, 1).unwrap().iter().all(|&byte| byte == 5));
+    writer.ok("write w 4096 6");
+    let reserved = with_file(&file, &json!({"group_id": 0x6c6c_6f70}));
+    target.refused("bdev_lloop_create", reserved, libc::EINVAL, &["image", "group_id", "another"]);
+}
+
+#[test]
+fn sharing_readers_do_not_disturb_each_other() {
+    let dir = folder();
+    let file = striped(&dir);
+    // Another reader, whose reads are always on their way while this one attaches.
+    let reader = file.client("r");
+    let target = start();
+    for _ in 0..20 {
+        let reads: Vec<u64> = (0..50).map(|_| reader.tell("read r 0")).collect();
+        let name = attach(&target, &file, json!({"read_only": true}));
+        reads.into_iter().for_each(|read| drop(reader.comes_back(read).unwrap()));
+        target.ok("bdev_lloop_delete", json!({"name": name}));
+    }
+}
