@@ -50,7 +50,18 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
     let this_node_only = mount.as_ref().is_some_and(|mount| mount.has("localflock"));
     let options =
         GuardOptions { this_node_only, ..guard_options(params, file.identity().fid.is_some(), lock_timeout)? };
-    let guard = Guard::take_advisory(&file, options)?;
+    let guard = Guard::take_advisory(&file, options).map_err(|error| match error.errno {
+        // (The two that are about locks only.)
+        libc::ENOLCK | libc::EINVAL => Error::new(
+            error.errno,
+            format!(
+                "{shown}: its filesystem has locks, but does not give one now ({}). Try again when its lock server is well; lock off does without, \
+                 and keeps nobody out",
+                reason(error.errno)
+            ),
+        ),
+        _ => error,
+    })?;
     // Before anything else that could wait for a stranger's group lock.
     if file.identity().fid.is_some() && !guard.holds_group() {
         check_group_lock(&file)?;

@@ -66,7 +66,8 @@ pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool) -> Result<Outcome, i32> {
         match errno() {
             libc::EINTR => {}
             libc::EAGAIN | libc::EACCES => return Ok(Outcome::Conflict),
-            libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK | libc::EINVAL => return Ok(Outcome::Unsupported),
+            // ENOLCK and EINVAL are a lock server's that cannot give a lock now: that is not the same.
+            libc::ENOSYS | libc::EOPNOTSUPP => return Ok(Outcome::Unsupported),
             other => return Err(other),
         }
     }

@@ -6,6 +6,7 @@ mod common;
 mod bad_input;
 mod cli;
 mod composition;
+mod control;
 mod create;
 mod docs;
 mod durability;
