@@ -110,3 +110,25 @@ fn sharing_readers_do_not_disturb_each_other() {
         target.ok("bdev_lloop_delete", json!({"name": name}));
     }
 }
+
+#[test]
+fn sharing_a_file_means_one_nqn() {
+    let dir = folder();
+    let file = striped(&dir);
+    let target = start();
+    let lloop = |args: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lloop"));
+        let output = command.env("LLOOP_SOCKET", &target.socket).args(args).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let listen = format!("127.0.0.1:{}", crate::common::free_port());
+    let export = ["export", "nvmf", "lloop0", "--listen", &listen, "--allow-any-host"];
+    attach(&target, &file, json!({}));
+    assert!(!lloop(&export).contains("group_id"), "a group of its own is not shared");
+    lloop(&["unexport", "lloop0"]);
+    lloop(&["detach", "lloop0"]);
+    attach(&target, &file, json!({"group_id": 77}));
+    let text = lloop(&export);
+    assert!(text.contains("group_id 77") && text.contains("--nqn nqn.2026-11.io.lloop:lloop0"), "{text}");
+}
