@@ -168,6 +168,27 @@ statfs64(const char *path, struct statfs64 *stat)
 }
 
 /*
+ * A second mount of a Lustre has options of its own; one of a slowfs (mount --bind) has not. So a mount point whose name ends
+ * with -localflock has that option here. The mount point is the fifth word of a line of mountinfo.
+ */
+static const char *
+option_of_mount(const char *line, const char *option)
+{
+	static const char suffix[] = "-localflock";
+	char point[4096] = "";
+	size_t length;
+
+	if (sscanf(line, "%*s %*s %*s %*s %4095s", point) != 1) {
+		return option;
+	}
+	length = strlen(point);
+	if (length < strlen(suffix) || strcmp(point + length - strlen(suffix), suffix) != 0) {
+		return option;
+	}
+	return "localflock ";
+}
+
+/*
  * Prints a line of a list of mounts as Lustre's. slowfs calls its source "slowfs:OPTION"; in mountinfo the filesystem's type
  * stands before the source, in mounts the mount point stands between the two.
  */
@@ -185,6 +206,8 @@ print_mount(FILE *out, const char *line)
 	option = source + strlen("slowfs:");
 	length = strcspn(option, " ");
 	if (type != NULL) {
+		option = option_of_mount(line, option);
+		length = strcspn(option, " ");
 		fprintf(out, "%.*s - lustre 127.0.0.1@tcp:/standin rw,%.*s,checksum,lazystatfs\n", (int)(type - line), line,
 			length, option);
 	} else if (source == line && (rest = strstr(line, " fuse ")) != NULL) {

@@ -11,6 +11,7 @@ use crate::os::lustre::group::PROBE_GROUP;
 use crate::os::mount::Mount;
 use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroU32;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 /// A file that is ready to become a device.
@@ -46,7 +47,7 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
 
     check_sharing(params, align_bytes.0 as u64)?;
 
-    let mount = Mount::of_device(file.identity().dev);
+    let mount = Mount::of(file.as_fd());
     let this_node_only = mount.as_ref().is_some_and(|mount| mount.has("localflock"));
     let options =
         GuardOptions { this_node_only, ..guard_options(params, file.identity().fid.is_some(), lock_timeout)? };

@@ -132,3 +132,55 @@ fn sharing_a_file_means_one_nqn() {
     let text = lloop(&export);
     assert!(text.contains("group_id 77") && text.contains("--nqn nqn.2026-11.io.lloop:lloop0"), "{text}");
 }
+
+/// A second mount of a filesystem; unmounted with the value.
+struct SecondMount(std::path::PathBuf);
+
+impl SecondMount {
+    fn new(first: &std::path::Path, at: std::path::PathBuf) -> Self {
+        std::fs::create_dir(&at).unwrap();
+        let done = std::process::Command::new("mount").arg("--bind").args([first, &at]).status().unwrap();
+        assert!(done.success());
+        SecondMount(at)
+    }
+}
+
+impl Drop for SecondMount {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn sharing_depends_on_the_mount_that_a_file_was_opened_through() {
+    let dir = folder();
+    let file = striped(&dir);
+    let second = SecondMount::new(&file.mountpoint, dir.path().join("second-localflock"));
+    let target = start();
+    let through = |point: &std::path::Path, lock: &str| {
+        let params = json!({"filename": point.join("image"), "lock": lock});
+        let name = target.ok("bdev_lloop_create", params);
+        let info = target.bdev(name.as_str().unwrap())["driver_specific"]["lloop"].clone();
+        target.ok("bdev_lloop_delete", json!({"name": name}));
+        assert_eq!(info["mount"]["point"], json!(point), "{info}");
+        (info["mount"]["options"].as_str().unwrap().contains("localflock"), info["lock"].clone())
+    };
+    assert_eq!(through(&file.mountpoint, "advisory"), (false, json!("advisory")));
+    assert_eq!(through(&second.0, "advisory"), (true, json!("advisory, this node only")));
+    assert_eq!(through(&second.0, "group"), (true, json!("group")));
+}
+
+#[test]
+fn sharing_a_local_lock_vouches_for_nobody() {
+    let dir = folder();
+    let file = striped(&dir);
+    let second = SecondMount::new(&file.mountpoint, dir.path().join("second-localflock"));
+    let target = start();
+    let params = json!({"filename": second.0.join("image")});
+    let name = target.ok("bdev_lloop_create", params).as_str().unwrap().to_owned();
+    // The group lock is lost. Nodes that a local lock does not reach may have come in since.
+    file.set_faults("evict_ost=1");
+    assert!(target.connect(&name).write(1, &[2; 4096]).is_err());
+    let state = || target.bdev(&name)["driver_specific"]["lloop"]["state"].clone();
+    assert!(crate::common::eventually(|| state() == "fenced"), "{}", state());
+}
