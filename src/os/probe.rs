@@ -123,14 +123,13 @@ impl DirectFile {
     /// Whether the path still leads to this file. Blocks.
     pub fn path_state(&self) -> PathState {
         use std::os::unix::fs::MetadataExt;
-        if fstat(self.fd.as_fd()).is_ok_and(|stat| stat.st_nlink == 0) {
-            return PathState::Removed;
-        }
         match std::fs::metadata(&self.path) {
             Ok(meta) if (meta.dev(), meta.ino()) == (self.identity.dev, self.identity.ino) => PathState::Same,
+            // Also when the file has no name left: another one was renamed over it.
             Ok(_) => PathState::Replaced,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => PathState::Removed,
-            // Who cannot look cannot tell.
+            // Who cannot look there can still see whether the file has a name.
+            Err(_) if fstat(self.fd.as_fd()).is_ok_and(|stat| stat.st_nlink == 0) => PathState::Removed,
             Err(_) => PathState::Same,
         }
     }

@@ -179,3 +179,35 @@ fn control_a_lock_server_that_gives_none_is_no_filesystem_without_locks() {
         target.ok("bdev_lloop_delete", json!({"name": name}));
     }
 }
+
+#[test]
+fn control_a_file_renamed_over_is_replaced() {
+    let target = start();
+    let path = target.image("a.img", 8 * MIB);
+    let name = target.attach(&path, json!({}));
+    let other = target.image("b.img", 8 * MIB);
+    std::fs::rename(&other, &path).unwrap();
+    assert!(eventually(|| info(&target, &name)["state"] == "degraded"));
+    assert_eq!(info(&target, &name)["degraded"]["reason"], "replaced");
+    std::fs::remove_file(&path).unwrap();
+    let removed = target.image("c.img", 8 * MIB);
+    let name = target.attach(&removed, json!({}));
+    std::fs::remove_file(&removed).unwrap();
+    assert!(eventually(|| info(&target, &name)["degraded"]["reason"] == "removed"));
+}
+
+#[test]
+fn control_a_flush_counts_no_bytes() {
+    let target = Target::start();
+    let file = target.image("a.img", 8 * MIB);
+    let name = target.attach(&file, json!({}));
+    let mut nvme = target.connect(&name);
+    nvme.write(0, &[1; 8192]).unwrap();
+    nvme.flush().unwrap();
+    nvme.flush().unwrap();
+    let io = target.ok("bdev_lloop_get_stats", json!({"name": name}))["devices"][0]["io"].clone();
+    assert_eq!(
+        (&io["write"]["bytes"], &io["flush"]["ops"], &io["flush"]["bytes"]),
+        (&json!(8192), &json!(2), &json!(0))
+    );
+}
