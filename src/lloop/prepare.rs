@@ -97,6 +97,13 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
     let target = Target::guarded(file, guard, params.offset, params.block_size);
     target.set_len_bytes(num_blocks * u64::from(params.block_size));
     let map = if on_lustre { target.read_layout() } else { None }.unwrap_or_else(LaneMap::single);
+    if target.layout().is_some_and(|layout| layout.components.iter().any(|component| component.pattern.is_mdt())) {
+        tracing::warn!(
+            "{}: a part of it is on the metadata server (DoM). A stranger's read of that part blocks one of its threads until the device is \
+             detached; copy the file to one made by lloop create",
+            params.filename.display()
+        );
+    }
     let stripe_bytes = target.layout().and_then(|layout| layout.stripe_size_bytes(size_bytes)).unwrap_or(0);
     // (A boundary has to divide the device evenly, from its start on.)
     let fits = stripe_bytes > 0 && params.offset.is_multiple_of(stripe_bytes);

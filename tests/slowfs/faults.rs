@@ -18,7 +18,8 @@
 //! How the filesystem is:
 //! - `stripes=COUNT:SIZE`: which OST has which bytes, where BACKING.lov does not tell; `osts=N`: how many there are (4)
 //! - `no_fallocate`: as on ZFS servers; `fid=N`: another file stands there now; `ignore_setstripe` (the defaults
-//!   instead), `skip_setstripe` (nothing yet), `ignore_pool`: what some sites do with new files
+//!   instead), `skip_setstripe` (nothing yet), `ignore_pool`, `default_dom` (a default layout with its
+//!   first part on the metadata server): what some sites do with new files
 
 use crate::layout::Map;
 use std::os::unix::fs::MetadataExt;
@@ -100,6 +101,7 @@ pub struct Faults {
     pub ignore_setstripe: bool,
     pub skip_setstripe: bool,
     pub ignore_pool: bool,
+    pub default_dom: bool,
     pub stat_error: Option<i32>,
     pub lock_error: Option<i32>,
     pub truncate_latency: Duration,
@@ -148,6 +150,7 @@ impl Faults {
                     "fid" => faults.fid = Some(number() as u32),
                     "ignore_setstripe" => faults.ignore_setstripe = true,
                     "skip_setstripe" => faults.skip_setstripe = true,
+                    "default_dom" => faults.default_dom = true,
                     "ignore_pool" => faults.ignore_pool = true,
                     other => panic!("unknown fault {other}"),
                 }
