@@ -165,7 +165,8 @@ impl Target {
             return;
         }
         if damage == Damage::Truncated {
-            let end_bytes = self.file.size_bytes().unwrap_or(0);
+            // A file whose size cannot be asked for is not known to be too short.
+            let Ok(end_bytes) = self.file.size_bytes() else { return };
             self.known_end_bytes.store(end_bytes, Ordering::Relaxed);
         }
         if self.damage.swap(damage as u8, Ordering::Relaxed) != damage as u8 {

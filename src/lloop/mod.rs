@@ -24,6 +24,7 @@ use serde_json::Value;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -46,7 +47,16 @@ enum Entry {
     /// Its file is being opened; with what the file is, once that is known.
     Attaching(Option<Identity>),
     /// There it is.
-    Attached(Arc<Device>, BdevHandle),
+    Attached(Attached),
+}
+
+/// A device, as the control plane has it.
+#[derive(Clone)]
+struct Attached {
+    device: Arc<Device>,
+    handle: BdevHandle,
+    /// Whoever resizes it holds this: one at a time.
+    resizing: Rc<futures::lock::Mutex<()>>,
 }
 
 /// What the application's thread knows.
@@ -71,6 +81,11 @@ fn blocking() -> Option<Blocking> {
 /// The workers, while the module runs.
 fn pool() -> Option<Pool<Token>> {
     POOL.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// How many file operations have timed out and still go on; each is a thread.
+fn stuck_threads() -> usize {
+    REGISTRY.with(|registry| registry.blocking.stuck()).unwrap_or(0)
 }
 
 /// Keeps the module in a program that does not mention it otherwise; what registers it runs before `main`.

@@ -2,6 +2,7 @@
 
 use crate::engine::{Care, PoolOptions};
 use crate::error::{Error, Result};
+use crate::os::lustre::group::PROBE_GROUP;
 use crate::os::thread;
 use serde::{Deserialize, Serialize};
 use std::num::NonZeroU32;
@@ -255,6 +256,11 @@ impl CreateParams {
         }
         if self.group_id.is_some() && !matches!(self.lock, None | Some(LockChoice::Group)) {
             return refuse("group_id goes with lock group".into());
+        }
+        if self.group_id == Some(PROBE_GROUP) {
+            return refuse(format!(
+                "group_id {PROBE_GROUP} is lloop's own, for finding out whether a file is in use; choose another"
+            ));
         }
         if self.group_id.is_some() && self.discard == Some(true) {
             return refuse(

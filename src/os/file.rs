@@ -368,11 +368,11 @@ pub(super) fn retry_interrupted(mut call: impl FnMut() -> isize) -> Result<usize
 }
 
 /// The path by which an open file can be opened once more.
-fn through_proc(fd: BorrowedFd<'_>) -> CString {
+pub(super) fn through_proc(fd: BorrowedFd<'_>) -> CString {
     CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).expect("digits hold no NUL")
 }
 
-fn open_fd(path: &CString, flags: i32) -> Result<OwnedFd, i32> {
+pub(super) fn open_fd(path: &CString, flags: i32) -> Result<OwnedFd, i32> {
     let mut fd = -1;
     retry_interrupted(|| {
         // SAFETY: a NUL-terminated path that outlives the call.

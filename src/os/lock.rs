@@ -93,6 +93,7 @@ pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool) -> Result<Outcome, i32> {
     match call(fd, libc::F_OFD_SETLK, &mut range(kind, 0, END_BYTES)) {
         Ok(()) => Ok(Outcome::Held),
         Err(libc::EAGAIN | libc::EACCES) => Ok(Outcome::Conflict),
+        // ENOLCK and EINVAL are a lock server's that cannot give a lock now: that is not the same.
         Err(libc::ENOSYS | libc::EOPNOTSUPP) => Ok(Outcome::Unsupported),
         Err(other) => Err(other),
     }

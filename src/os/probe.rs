@@ -1,9 +1,10 @@
 //! Finding out what a file can do, and what has become of it.
 
 use super::bounce::BounceBuffer;
-use super::file::{DirectFile, PAGE_BYTES, Unlocked, fstat, retry_interrupted};
+use super::file::{DirectFile, PAGE_BYTES, Unlocked, fstat, open_fd, retry_interrupted, through_proc};
 use super::iov::IovList;
 use super::lustre;
+use super::lustre::group::{PROBE_GROUP, group_lock};
 use crate::error::{Error, Result};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -78,7 +79,26 @@ impl DirectFile {
         }
     }
 
-    /// Whether holes can be punched, tried out where it changes nothing: far behind the file's end. Blocks.
+    /// Whether anybody else holds a group lock on this file of Lustre. Takes one itself for a moment, on an open file of its own.
+    /// Never waits for another group; blocks as long as an OST of the file does not answer.
+    ///
+    /// # Errors
+    /// The system's errno.
+    pub fn is_group_locked(&self) -> Result<bool, i32> {
+        let flags = libc::O_RDONLY | libc::O_NOCTTY | libc::O_NONBLOCK;
+        let probe = open_fd(&through_proc(self.fd.as_fd()), flags)?;
+        // Closing `probe` gives the lock back.
+        match group_lock(probe.as_fd(), PROBE_GROUP) {
+            Ok(()) => Ok(false),
+            Err(libc::EAGAIN) => Ok(true),
+            // Where there are no group locks nobody holds one.
+            Err(libc::ENOTTY | libc::ENOSYS | libc::EOPNOTSUPP) => Ok(false),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Whether holes can be punched, tried out where it changes nothing: far behind the file's end. On Lustre it waits for
+    /// everybody's group locks: ask [`DirectFile::is_group_locked`] first. Blocks.
     pub fn can_punch(&self, permit: Unlocked<'_>) -> bool {
         const FAR_BYTES: u64 = 1 << 30;
         match self.size_bytes() {
@@ -103,14 +123,13 @@ impl DirectFile {
     /// Whether the path still leads to this file. Blocks.
     pub fn path_state(&self) -> PathState {
         use std::os::unix::fs::MetadataExt;
-        if fstat(self.fd.as_fd()).is_ok_and(|stat| stat.st_nlink == 0) {
-            return PathState::Removed;
-        }
         match std::fs::metadata(&self.path) {
             Ok(meta) if (meta.dev(), meta.ino()) == (self.identity.dev, self.identity.ino) => PathState::Same,
+            // Also when the file has no name left: another one was renamed over it.
             Ok(_) => PathState::Replaced,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => PathState::Removed,
-            // Who cannot look cannot tell.
+            // Who cannot look there can still see whether the file has a name.
+            Err(_) if fstat(self.fd.as_fd()).is_ok_and(|stat| stat.st_nlink == 0) => PathState::Removed,
             Err(_) => PathState::Same,
         }
     }
