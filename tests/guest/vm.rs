@@ -45,7 +45,8 @@ pub struct Guest {
 /// How QEMU is to run: with hardware virtualisation only where a machine boots with it. That /dev/kvm exists says little.
 fn accelerator() -> &'static [&'static str] {
     const KVM: &[&str] = &["-accel", "kvm", "-cpu", "host"];
-    const TCG: &[&str] = &["-accel", "tcg", "-cpu", "max"];
+    // Without cmpxchg16b: QEMU 7.2 spoils the flags register in emulating it, and Linux 6.12 uses it in its allocator.
+    const TCG: &[&str] = &["-accel", "tcg", "-cpu", "max,cx16=off"];
     static CHOICE: OnceLock<&[&str]> = OnceLock::new();
     CHOICE.get_or_init(|| {
         let works = Path::new("/dev/kvm").exists()
