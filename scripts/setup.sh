@@ -79,6 +79,24 @@ check_rust() {
 		die "Rust $have is too old, lloop needs $wanted" "rustup update"
 }
 
+# What dead programs of SPDK's kind have left: hugepage files, which hold memory, and locks of their sockets. A file is left when
+# the process in its name is gone and nobody holds it locked, as DPDK does with those in use (a process of another container, say).
+reclaim_leftovers() {
+	local file pid mount count=0
+	while read -r mount; do
+		for file in "$mount"/spdk_pid*map_*; do
+			pid=${file##*/spdk_pid} pid=${pid%%map_*}
+			if [[ $pid =~ ^[0-9]+$ ]] && [ ! -d "/proc/$pid" ] && flock -n "$file" rm -f "$file" 2>/dev/null; then count=$((count + 1)); fi
+		done
+	done < <(awk '$3 == "hugetlbfs" { print $2 }' /proc/mounts)
+	[ "$count" -eq 0 ] || say "reclaimed $count hugepage files of dead processes"
+	# The tests' sockets have the test program's process id in their names, and SPDK holds such a lock as long as it lives.
+	for file in "${TMPDIR:-/tmp}"/lloop-*.sock.lock; do
+		pid=${file##*/lloop-} pid=${pid%%-*}
+		if [[ $pid =~ ^[0-9]+$ ]] && [ ! -d "/proc/$pid" ] && flock -n "$file" rm -f "$file" 2>/dev/null; then rm -f "${file%.lock}"; fi
+	done
+}
+
 reserve_hugepages() {
 	local free total page_kib missing before
 	free=$(hugepages_free_mib)
@@ -113,6 +131,7 @@ install_packages
 check_rust
 SPDK_DIR=$("$LLOOP_ROOT/scripts/spdk.sh")
 export SPDK_DIR
+reclaim_leftovers
 reserve_hugepages
 cd "$LLOOP_ROOT"
 if [ -n "$build" ]; then

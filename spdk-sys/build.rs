@@ -141,7 +141,9 @@ fn find_spdk() -> PathBuf {
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.join(".lloop-complete").exists() && is_built(path))
         .collect();
-    trees.sort_by_key(|path| (read_version(path), fs::metadata(path.join(".lloop-complete")).and_then(|m| m.modified()).ok()));
+    trees.sort_by_key(|path| {
+        (read_version(path), fs::metadata(path.join(".lloop-complete")).and_then(|m| m.modified()).ok())
+    });
     trees.pop().unwrap_or_else(|| give_up("no SPDK found"))
 }
 
@@ -170,7 +172,9 @@ fn read_version(spdk: &Path) -> (u32, u32) {
         })
     };
     match (number("SPDK_VERSION_MAJOR"), number("SPDK_VERSION_MINOR")) {
-        (Some(major), Some(minor)) if (major, minor) >= OLDEST || spdk.join(".lloop-fallback").exists() => (major, minor),
+        (Some(major), Some(minor)) if (major, minor) >= OLDEST || spdk.join(".lloop-fallback").exists() => {
+            (major, minor)
+        }
         (Some(major), Some(minor)) => {
             give_up(&format!("{} is SPDK v{major}.{minor:02}, which is older than v24.09", spdk.display()))
         }

@@ -10,6 +10,7 @@ mod create;
 mod docs;
 mod durability;
 mod fio;
+mod harness;
 mod initiator;
 mod install;
 mod interrupt;
