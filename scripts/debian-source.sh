@@ -19,7 +19,7 @@ private_lists() {
 	: >"$folder/status"
 	APT_OPTIONS=(-q -o "Dir::Etc::SourceList=$folder/sources.list" -o Dir::Etc::SourceParts=/dev/null
 		-o "Dir::State::Lists=$folder/lists" -o "Dir::State::status=$folder/status" -o "Dir::Cache=$folder/cache"
-		-o APT::Sandbox::User=root -o Acquire::Retries=3)
+		-o APT::Sandbox::User=root -o Acquire::Retries=2 -o Acquire::http::Timeout=30 -o Acquire::https::Timeout=30)
 	step apt-get "${APT_OPTIONS[@]}" --error-on=any update
 }
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets this machine up to build and run lloop: Debian packages, a built SPDK, hugepages, and lloop itself.
-# Safe to run again: what is there already is left alone. Needs root for packages and hugepages only.
+# Safe to run again, and twice at once: what is there already is left alone. Needs root for packages and hugepages only.
 #
 # usage: setup.sh [--tests] [--fio] [--hugepages MIB] [--no-build] [--undo-hugepages]
 #   --tests            also what scripts/test.sh needs: SPDK's own programs with lloop inside, a small virtual machine,
@@ -63,9 +63,14 @@ install_packages() {
 	command -v apt-get >/dev/null || die "this machine has no apt-get" "install the counterparts of: ${missing[*]}"
 	[ "$(id -u)" = 0 ] || die "packages are missing, and installing them needs root" "sudo apt-get install ${missing[*]}"
 	export DEBIAN_FRONTEND=noninteractive
-	quietly "updating apt's lists" "$LLOOP_CACHE/apt.log" apt-get -q update
-	quietly "installing ${#missing[@]} packages" "$LLOOP_CACHE/apt.log" \
-		apt-get -q install -y --no-install-recommends "${missing[@]}"
+	# apt says what it could not fetch as a warning only, and goes on with its old lists: that is enough where they are.
+	quietly_or "updating apt's lists" "$LLOOP_CACHE/apt-update.log" apt-get -q update || true
+	quietly_or "installing ${#missing[@]} packages" "$LLOOP_CACHE/apt.log" \
+		apt-get -q -o DPkg::Lock::Timeout=600 install -y --no-install-recommends "${missing[@]}" && return 0
+	if disk_is_full "$LLOOP_CACHE/apt.log"; then die "the disk is full: packages could not be installed" "make room and run this again"; fi
+	tail -n 15 "$LLOOP_CACHE/apt.log" | sed 's/^/    | /' >&2
+	die "apt-get could not install: ${missing[*]}" "see to the network (apt-get update has to work) and run this again" \
+		"the logs: $LLOOP_CACHE/apt-update.log, $LLOOP_CACHE/apt.log"
 }
 
 check_rust() {
@@ -127,6 +132,13 @@ reserve_hugepages() {
 	fi
 }
 
+# One set-up at a time: they would install the same packages and write the same files.
+need_cache
+exec 8>"$LLOOP_CACHE/setup.lock"
+if ! flock -n 8; then
+	note "another set-up is running; waiting for it"
+	flock 8
+fi
 install_packages
 check_rust
 SPDK_DIR=$("$LLOOP_ROOT/scripts/spdk.sh")

@@ -23,6 +23,7 @@ mod metrics;
 mod programs;
 mod scripts;
 mod security;
+mod setup;
 mod slow;
 mod soak;
 mod standin;
