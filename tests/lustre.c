@@ -7,6 +7,8 @@
  * size. These are translated to numbers of our own. And statfs of a slowfs says "Lustre", and so do the lists of mounts.
  * /proc/fs/lustre is a folder of the test's.
  *
+ * A write with RWF_DSYNC is followed by such an fsync: Lustre does the same, and the tests can count it.
+ *
  * fsync becomes an ioctl, too: with FUSE it has the file for itself, and would wait for a write that hangs and be waited for
  * by all others. What stays different from Lustre: ftruncate does so.
  */
@@ -23,6 +25,7 @@
 #include <sys/mman.h>
 #include <sys/statfs.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #define FUSE_MAGIC 0x65735546
@@ -122,6 +125,27 @@ int
 fdatasync(int fd)
 {
 	return is_slowfs(fd) ? syscall(SYS_ioctl, fd, SLOWFS_SYNC, 0) : syscall(SYS_fdatasync, fd);
+}
+
+ssize_t
+pwritev2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
+{
+	ssize_t n;
+
+	if (!(flags & RWF_DSYNC) || !is_slowfs(fd)) {
+		return syscall(SYS_pwritev2, fd, iov, count, offset, 0L, flags);
+	}
+	n = syscall(SYS_pwritev2, fd, iov, count, offset, 0L, flags & ~RWF_DSYNC);
+	if (n >= 0 && syscall(SYS_ioctl, fd, SLOWFS_SYNC, 0) != 0) {
+		return -1;
+	}
+	return n;
+}
+
+ssize_t
+pwritev64v2(int fd, const struct iovec *iov, int count, off64_t offset, int flags)
+{
+	return pwritev2(fd, iov, count, offset, flags);
 }
 
 int

@@ -102,7 +102,7 @@ struct Args {
     /// Memory channels
     #[arg(short = 'n', long, value_name = "N")]
     mem_channels: Option<u32>,
-    /// IOVA mode, pa or va
+    /// IOVA mode, pa or va (default: va, with PCI devices DPDK's choice)
     #[arg(long, value_name = "MODE")]
     iova_mode: Option<String>,
     /// First virtual address of hugepage memory
@@ -248,6 +248,7 @@ fn run(args: Args, account: Option<Account>) -> ExitCode {
     let quiet = args.silence_noticelog;
     let rpc_socket = args.rpc_socket.clone();
     let tracing = args.tpoint_group_mask.is_some();
+    let no_pci = !args.pci && args.pci_allowed.is_empty();
     let options = AppOptions {
         name: "lloop_tgt".into(),
         reactor_mask: args.lcores.is_none().then_some(args.cpumask),
@@ -260,7 +261,7 @@ fn run(args: Args, account: Option<Account>) -> ExitCode {
         json_config: args.json.or(args.config.and_then(config)),
         json_ignore_errors: args.json_ignore_init_errors,
         wait_for_rpc: args.wait_for_rpc,
-        no_pci: !args.pci && args.pci_allowed.is_empty(),
+        no_pci,
         pci_allowed: args.pci_allowed,
         pci_blocked: args.pci_blocked,
         shm_id: args.shm_id,
@@ -268,7 +269,9 @@ fn run(args: Args, account: Option<Account>) -> ExitCode {
         huge_unlink: args.huge_unlink || account.is_some(),
         single_file_segments: args.single_file_segments,
         no_huge: args.no_huge,
-        iova_mode: args.iova_mode,
+        // Without PCI devices nobody needs physical addresses. Asking for them makes DPDK want memory that is contiguous there: a start
+        // with few hugepages, scattered, then fails in one pool or another.
+        iova_mode: args.iova_mode.or_else(|| no_pci.then(|| "va".to_owned())),
         base_virtaddr: args.base_virtaddr,
         mem_channels: args.mem_channels,
         env_context: args.env_context,

@@ -311,7 +311,7 @@ mod tests {
         fn no_two_that_overlap_run_at_once(writes in prop::collection::vec((0u64..64, 1u64..8, any::<bool>()), 1..60)) {
             let claims = Claims::new(4096);
             let mut order = Order::new(&claims);
-            let (mut waiting, mut running): (Vec<(Ticket, Span)>, Vec<(Ticket, Span)>) = Default::default();
+            let (mut waiting, mut running) = (Vec::<(Ticket, Span)>::new(), Vec::<(Ticket, Span)>::new());
             for (now, (start, blocks, ends)) in writes.into_iter().enumerate() {
                 let span = span(start, blocks);
                 claims.claim(span);

@@ -17,8 +17,7 @@ use std::cell::{Cell, RefCell};
 use std::ffi::CStr;
 use std::os::fd::AsFd;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak, mpsc};
 
 /// What comes back with an answer.
 pub struct Token {
@@ -57,9 +56,9 @@ struct Inner {
 enum RingState {
     #[default]
     None,
-    /// Where it will arrive.
-    Coming(Arc<Mutex<Option<Result<Uring<Token>, i32>>>>, Arc<AtomicBool>),
-    There(Uring<Token>),
+    /// It will arrive here.
+    Coming(mpsc::Receiver<Result<Box<Uring<Token>>, i32>>),
+    There(Box<Uring<Token>>),
     /// It could not be made.
     Refused,
 }
@@ -169,7 +168,7 @@ impl Inner {
                 }
             }
         }
-        let again = self.ring.borrow_mut().get().is_some_and(Uring::enter);
+        let again = self.ring.borrow_mut().get().is_some_and(|ring| ring.enter());
         self.port.borrow_mut().ring();
         self.awaited.set(false);
         if again {
@@ -186,34 +185,33 @@ impl Inner {
         }
         let options =
             UringOptions { reactor_cpus: thread::reactor_cpus(), sqpoll_cpus: super::options::current().sqpoll_cpus };
-        let (place, arrived) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
-        let (there, tell, bell) = (place.clone(), arrived.clone(), self.bell.clone());
-        let made = super::attach::in_background(move || {
-            *there.lock().unwrap_or_else(PoisonError::into_inner) = Some(Uring::new(&options, bell.as_deref()));
-            tell.store(true, Ordering::Release);
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let bell = self.bell.clone();
+        let started = super::attach::in_background(move || {
+            // Nobody takes it when the thread has ended meanwhile.
+            let _ = sender.send(Uring::new(&options, bell.as_deref()).map(Box::new));
         });
-        *state = if made { RingState::Coming(place, arrived) } else { RingState::Refused };
+        *state = if started { RingState::Coming(receiver) } else { RingState::Refused };
     }
 
     /// Takes the ring that was made, if it has arrived. Whether this thread has one now.
     fn has_ring(&self) -> bool {
         let mut state = self.ring.borrow_mut();
-        let RingState::Coming(place, arrived) = &*state else { return matches!(*state, RingState::There(_)) };
-        // Nobody holds the lock once it has arrived.
-        let made = match arrived.load(Ordering::Acquire) {
-            true => place.lock().unwrap_or_else(PoisonError::into_inner).take(),
-            false => return false,
+        let RingState::Coming(receiver) = &*state else { return matches!(*state, RingState::There(_)) };
+        let made = match receiver.try_recv() {
+            Err(mpsc::TryRecvError::Empty) => return false,
+            Err(mpsc::TryRecvError::Disconnected) => Err(libc::ENOMEM),
+            Ok(made) => made,
         };
         *state = match made {
-            Some(Ok(ring)) => {
+            Ok(ring) => {
                 tracing::debug!("io_uring: {:?}", ring.features());
                 let mut all = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
                 all.retain(|ring| ring.strong_count() > 0);
                 all.push(Arc::downgrade(ring.watch()));
                 RingState::There(ring)
             }
-            made => {
-                let errno = made.and_then(Result::err).unwrap_or(libc::ENOMEM);
+            Err(errno) => {
                 tracing::warn!("no io_uring on this thread ({}); using worker threads", crate::error::reason(errno));
                 RingState::Refused
             }

@@ -160,7 +160,7 @@ impl Queue {
 
 /// A connected controller with one I/O queue, for namespace 1.
 pub struct Nvme {
-    _admin: Queue,
+    admin: Queue,
     io: Queue,
     block_bytes: usize,
 }
@@ -181,7 +181,7 @@ impl Nvme {
         admin.fabrics(0x00, enable, Vec::new())?;
         let mut io = Queue::connect(address)?;
         io.join(nqn, 1, cntlid)?;
-        Ok(Nvme { _admin: admin, io, block_bytes })
+        Ok(Nvme { admin, io, block_bytes })
     }
 
     fn command(&self, opcode: u8, lba: u64, blocks: usize) -> [u8; 64] {
@@ -202,6 +202,24 @@ impl Nvme {
     pub fn start_write(&mut self, lba: u64, data: &[u8]) -> std::io::Result<InFlight> {
         let sqe = self.command(0x01, lba, data.len() / self.block_bytes);
         self.io.send(sqe, data.to_vec(), data.len() <= 4096, 0).map(InFlight)
+    }
+
+    /// Starts a write that is to be on stable storage when it is answered (FUA: bit 30 of dword 12).
+    pub fn start_write_fua(&mut self, lba: u64, data: &[u8]) -> std::io::Result<InFlight> {
+        let mut sqe = self.command(0x01, lba, data.len() / self.block_bytes);
+        sqe[51] |= 0x40;
+        self.io.send(sqe, data.to_vec(), data.len() <= 4096, 0).map(InFlight)
+    }
+
+    /// Has a command aborted; whether it was.
+    pub fn abort(&mut self, command: &InFlight) -> bool {
+        let mut sqe = sqe(0x08);
+        put(&mut sqe, 40, &1u16.to_le_bytes());
+        put(&mut sqe, 42, &command.0.to_le_bytes());
+        let cid = self.admin.send(sqe, Vec::new(), false, 0).expect("the connection holds");
+        let (status, result, _) = self.admin.wait(cid).expect("the connection holds");
+        assert_eq!(status, (0, 0));
+        result & 1 == 0
     }
 
     /// Starts a flush.

@@ -8,8 +8,8 @@
 //!   those; `times=N`: N times, then no more
 //!
 //! What happens once, each time the number is another one:
-//! - `evict_ost=N`: reads and writes in flight fail with EIO (with `ost=` on the line: those to that OST), group locks are lost,
-//!   and the next fsync fails with EIO
+//! - `evict_ost=N`: reads and writes in flight fail with EIO, group locks are lost, and the next fsync fails with EIO; with `ost=` on
+//!   the line those to that OST alone: a group lock is lost object by object
 //! - `evict_mds=N`: record locks are lost, and the next question for one fails with EIO
 //!
 //! Of calls that are no I/O:

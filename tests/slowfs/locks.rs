@@ -11,6 +11,8 @@ pub struct Groups {
     holders: BTreeMap<Handle, u64>,
     /// Those that an eviction took it from: nothing works for them until they unlock.
     lost: BTreeMap<Handle, u64>,
+    /// Holders that one OST has evicted: nothing works for them there, and others may come in there.
+    lost_osts: BTreeMap<Handle, BTreeSet<u32>>,
     /// All that ever held one.
     ever: BTreeSet<Handle>,
 }
@@ -41,17 +43,24 @@ impl Groups {
         for held in [&mut self.holders, &mut self.lost] {
             if held.get(&handle) == Some(&gid) {
                 held.remove(&handle);
+                self.lost_osts.remove(&handle);
                 return Ok(());
             }
         }
         Err(libc::EINVAL)
     }
 
-    /// Whether an open file may do I/O.
-    pub fn admits(&self, handle: Handle) -> Asked {
-        if self.lost.contains_key(&handle) {
+    /// Whether an open file may do I/O on these OSTs.
+    pub fn admits(&self, handle: Handle, osts: &[u32]) -> Asked {
+        let lost_one =
+            |holder| self.lost_osts.get(holder).is_some_and(|lost| osts.iter().any(|ost| lost.contains(ost)));
+        let keeps_one = |holder| {
+            let lost = self.lost_osts.get(holder);
+            lost.is_none_or(|lost| osts.is_empty() || osts.iter().any(|ost| !lost.contains(ost)))
+        };
+        if self.lost.contains_key(&handle) || lost_one(&handle) {
             Asked::No(libc::ENOLCK)
-        } else if self.is_held() && !self.holders.contains_key(&handle) {
+        } else if self.holders.keys().any(keeps_one) && !self.holders.contains_key(&handle) {
             Asked::Wait
         } else {
             Asked::Yes
@@ -77,13 +86,20 @@ impl Groups {
         self.ever.contains(&handle) && !self.holders.contains_key(&handle)
     }
 
-    pub fn evict(&mut self) {
-        self.lost.append(&mut self.holders);
+    /// All OSTs evict the clients, or one does.
+    pub fn evict(&mut self, ost: Option<u32>) {
+        match ost {
+            None => self.lost.append(&mut self.holders),
+            Some(ost) => self.holders.keys().for_each(|&holder| {
+                self.lost_osts.entry(holder).or_default().insert(ost);
+            }),
+        }
     }
 
     pub fn release(&mut self, handle: Handle) {
         self.holders.remove(&handle);
         self.lost.remove(&handle);
+        self.lost_osts.remove(&handle);
         self.ever.remove(&handle);
     }
 

@@ -53,7 +53,7 @@ pub struct State {
 
 impl State {
     pub fn evict_ost(&mut self, ost: Option<u32>) {
-        self.groups.evict();
+        self.groups.evict(ost);
         self.evictions.push(ost);
         self.sync_error = true;
     }
@@ -70,7 +70,7 @@ impl State {
 
     /// An I/O arrives; how many evictions there were by then.
     pub fn begin(&mut self, handle: Handle, osts: &[u32], is_write: bool) -> Result<usize, i32> {
-        if let Asked::No(errno) = self.groups.admits(handle) {
+        if let Asked::No(errno) = self.groups.admits(handle, osts) {
             return Err(errno);
         }
         for &ost in osts {
@@ -95,7 +95,7 @@ impl State {
         if self.was_evicted(began, osts) {
             return Some(Err(libc::EIO));
         }
-        match self.groups.admits(handle) {
+        match self.groups.admits(handle, osts) {
             Asked::Wait => None,
             Asked::No(errno) => Some(Err(errno)),
             Asked::Yes => {

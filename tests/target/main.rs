@@ -22,6 +22,7 @@ mod lustre;
 mod memory;
 mod metrics;
 mod programs;
+mod rules;
 mod scripts;
 mod security;
 mod setup;
