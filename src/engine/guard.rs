@@ -61,6 +61,9 @@ pub struct Guard {
 /// How long between two tries to get a lock back.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// How often a group lock that somebody else has is asked for again when a file is attached.
+const GROUP_TRIES: u32 = 2;
+
 impl Guard {
     /// No locks.
     pub fn none() -> Self {
@@ -122,7 +125,15 @@ impl Guard {
     pub fn take_group(&self, file: &DirectFile) -> Result<()> {
         let Some(gid) = self.options.group else { return Ok(()) };
         let shown = file.path().display();
-        match lock_group(file, gid) {
+        let mut taken = lock_group(file, gid);
+        // Somebody else's attach may be looking for group locks: that takes one for a moment.
+        for _ in 0..GROUP_TRIES {
+            if taken == Err(libc::EAGAIN) {
+                std::thread::sleep(PAUSE);
+                taken = lock_group(file, gid);
+            }
+        }
+        match taken {
             Ok(()) => Ok(()),
             Err(libc::EAGAIN) => Err(Error::new(
                 libc::EBUSY,

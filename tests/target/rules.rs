@@ -163,7 +163,7 @@ fn rule_3_a_fua_write_is_on_the_disk() {
         let path = disk.mountpoint.join(engine);
         std::fs::write(&path, vec![7; 4 * MIB as usize]).unwrap();
         ran("sync", &[]);
-        let name = target.attach(&path, json!({"engine": engine}));
+        let name = target.attach(&path, json!({"engine": engine, "name": engine}));
         let mut host = target.connect(&name);
         // The ring is made in the background, and the workers do it all until it is there.
         std::thread::sleep(Duration::from_millis(500));
