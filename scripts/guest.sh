@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 # Prints, as its last line, the folder of a small virtual machine for the tests: vmlinuz, initrd and root.img, out of Debian's packages.
 #
-# The kernel is Debian's cloud kernel, fetched and verified by apt and unpacked aside; nothing of it is installed. The root
-# filesystem holds busybox, mkfs, nvme, fio and the like with their libraries, as they are on this machine, and a shell on a virtio
-# port through which the tests drive it (tests/guest). Built once into the cache; a folder counts only when it is whole.
+# The kernel is Debian's cloud kernel out of backports (with ublk, and with TLS and in-band authentication for NVMe/TCP), or where
+# there is none, the release's own. It is fetched and verified by apt through private lists and unpacked aside; nothing of it is
+# installed. What the machine needs to boot is loaded then; other modules (MORE_MODULES, and the kernel's cryptography) are there
+# for modprobe. The root filesystem holds busybox, mkfs, nvme, fio and the like with their libraries, as they are on this machine,
+# and a shell on a virtio port through which the tests drive it (tests/guest). Built once into the cache; a folder counts only
+# when it is whole. The file "kernel" in it has the kernel's version.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+. "$LLOOP_ROOT/scripts/debian-source.sh"
 exec 3>&1 1>&2 # progress goes to stderr; only the answer goes to stdout
 
 [ "$(uname -m)" = x86_64 ] || die "the virtual machine of the tests is an x86_64 one, this machine is $(uname -m)"
 META=linux-image-cloud-amd64
 MODULES=(virtio_pci virtio_blk virtio_scsi sd_mod virtio_net virtio_console nvme-tcp)
-PROGRAMS=(/bin/dash /sbin/mke2fs /sbin/e2fsck /usr/sbin/nvme /usr/bin/fio /sbin/fstrim /sbin/blkdiscard /sbin/blockdev /bin/lsblk)
+# Where the kernel has them. (nvme-auth and nvme-keyring are part of the kernel itself in 6.12.)
+MORE_MODULES=(ublk_drv nbd tls nvme-auth nvme-keyring)
+MODULE_FOLDERS=(kernel/crypto kernel/lib/crypto kernel/arch/x86/crypto)
+PROGRAMS=(/bin/dash /sbin/mke2fs /sbin/e2fsck /usr/sbin/nvme /usr/bin/fio /sbin/fstrim /sbin/blkdiscard /sbin/blockdev /bin/lsblk /sbin/modprobe)
 
-kernel_package() { apt-cache depends --important "$META" 2>/dev/null | awk '$1 == "Depends:" { print $2; exit }'; }
-package=$(kernel_package)
-if [ -z "$package" ]; then
-	quietly "updating apt's lists" "$LLOOP_CACHE/apt.log" apt-get -q update
-	package=$(kernel_package)
-	[ -n "$package" ] || die "apt knows no kernel $META" "see $LLOOP_CACHE/apt.log"
-fi
+release=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
 key=$({
 	cat "${BASH_SOURCE[0]}"
-	apt-cache show --no-all-versions "$package" | sed -n 's/^Version: //p'
-	dpkg-query -W busybox-static e2fsprogs nvme-cli fio util-linux libc6
+	dpkg-query -W busybox-static e2fsprogs nvme-cli fio util-linux kmod libc6
 } | sha256sum | cut -c1-10)
 guest=$LLOOP_CACHE/guest-$key
 mkdir -p "$LLOOP_CACHE"
@@ -34,16 +34,35 @@ if [ -d "$guest" ]; then
 	exit 0
 fi
 work=$LLOOP_CACHE/guest-work
-rm -rf "$work" "$LLOOP_CACHE"/guest-??????????
+rm -rf "$work"
+# Another working copy may use the same cache, and be running tests with another machine.
+find "$LLOOP_CACHE" -maxdepth 1 -name 'guest-??????????' -mtime +2 -exec rm -rf {} +
 mkdir -p "$work/result"
 
 fetch() {
-	cd "$work"
-	# apt's own user may not write here. Lists that are too old name a package that is gone.
-	step apt-get -q -o APT::Sandbox::User=root download "$package" ||
-		{ step apt-get -q update && step apt-get -q -o APT::Sandbox::User=root download "$package"; } || return 1
-	step dpkg-deb -x "$package"_*.deb kernel || return 1
-	step cp kernel/boot/vmlinuz-* result/vmlinuz
+	local suite uri version
+	for suite in "$release-backports" "$release"; do
+		while read -r uri; do
+			rm -rf "$work/apt" "$work/kernel"
+			mkdir -p "$work/apt"
+			fetch_kernel "$suite" "$uri" "$work/apt" "$META" || continue
+			step dpkg-deb -x "$(ls "$work"/apt/linux-image-*.deb | head -n 1)" "$work/kernel" || return 1
+			# Where / and /usr are one, the modules are below /usr.
+			[ -d "$work/kernel/lib/modules" ] || ln -s usr/lib "$work/kernel/lib" || return 1
+			step cp "$work"/kernel/boot/vmlinuz-* "$work/result/vmlinuz" || return 1
+			version=$(ls "$work/kernel/lib/modules")
+			step depmod -b "$work/kernel" "$version" || return 1
+			printf '%s\n' "$version" >"$work/result/kernel"
+			return 0
+		done < <(debian_archives)
+	done
+	printf 'no %s in %s-backports or %s of the configured Debian archive\n' "$META" "$release" "$release"
+	return 1
+}
+
+# module_files MODULE: its file and those of the modules it needs, in the order in which they are loaded.
+module_files() {
+	modprobe -d "$work/kernel" -S "$(cat "$work/result/kernel")" --show-depends "$1" | awk '$1 == "insmod" { print $2 }'
 }
 
 # with_libraries PROGRAM ROOT: the program and the libraries it loads, at their places.
@@ -55,17 +74,20 @@ with_libraries() {
 }
 
 initrd() {
-	local version root=$work/initrd module
-	version=$(ls "$work/kernel/lib/modules")
-	depmod -b "$work/kernel" "$version" || return 1
+	local root=$work/initrd module name
 	mkdir -p "$root"/{bin,dev,proc,sys,root}
 	cp /bin/busybox "$root/bin/busybox"
 	for module in "${MODULES[@]}"; do
-		modprobe -d "$work/kernel" -S "$version" --show-depends "$module" || return 1
-	done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$work/modules"
+		module_files "$module" || return 1
+	done | awk '!seen[$0]++' >"$work/modules" || return 1
 	while read -r module; do
-		cp "$module" "$root/" || return 1
-		basename "$module"
+		name=$(basename "$module" .xz)
+		# Busybox loads what is not compressed.
+		case $module in
+		*.xz) xz -dc "$module" >"$root/$name" ;;
+		*) cp "$module" "$root/$name" ;;
+		esac || return 1
+		printf '%s\n' "$name"
 	done <"$work/modules" >"$root/modules"
 	cat >"$root/init" <<-'END'
 		#!/bin/busybox sh
@@ -91,6 +113,25 @@ initrd() {
 	(cd "$root" && find . | cpio --quiet -o -H newc | gzip -1) >"$work/result/initrd"
 }
 
+# The modules that are loaded when they are asked for.
+modules() { # ROOT
+	local version from to module folder file
+	version=$(cat "$work/result/kernel")
+	from=$work/kernel/lib/modules/$version to=$1/lib/modules/$version
+	mkdir -p "$to"
+	cp "$from"/modules.{order,builtin,builtin.modinfo} "$to" || return 1
+	for folder in "${MODULE_FOLDERS[@]}"; do
+		[ ! -d "$from/$folder" ] || find "$from/$folder" -name '*.ko*'
+	done >"$work/more-modules"
+	for module in "${MODULES[@]}" "${MORE_MODULES[@]}"; do
+		module_files "$module" || printf 'this kernel has no module %s\n' "$module" >&2
+	done >>"$work/more-modules"
+	while read -r file; do
+		[ -e "$to${file#"$from"}" ] || install -D -m 644 "$file" "$to${file#"$from"}" || return 1
+	done <"$work/more-modules"
+	step depmod -b "$1" "$version"
+}
+
 root() {
 	local root=$work/root program applet
 	mkdir -p "$root"/{bin,sbin,usr/bin,usr/sbin,dev,proc,sys,tmp,run,mnt,etc}
@@ -105,6 +146,7 @@ root() {
 	ln -s mke2fs "$root/sbin/mkfs.ext4"
 	# (Busybox's own shell takes its own programs for those of the same name.)
 	ln -sf dash "$root/bin/sh"
+	modules "$root" || return 1
 	cat >"$root/sbin/init" <<-'END'
 		#!/bin/sh
 		# A shell on the virtio port named "shell": what the host writes is run, what it prints goes back.
@@ -122,7 +164,8 @@ root() {
 }
 
 build() { fetch && step initrd && step root; }
-quietly "building the tests' virtual machine ($package)" "$LLOOP_CACHE/guest.log" build
+quietly "building the tests' virtual machine (Debian's cloud kernel, 35 MB)" "$LLOOP_CACHE/guest.log" build
+note "its kernel is $(cat "$work/result/kernel")"
 mv "$work/result" "$guest"
 rm -rf "$work"
 printf '%s\n' "$guest" >&3

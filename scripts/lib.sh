@@ -34,20 +34,35 @@ quietly() {
 	local rc=0
 	quietly_or "$@" || rc=$?
 	[ "$rc" -ne 0 ] || return 0
-	if grep -q 'No space left on device' "$2"; then die "the disk is full: $1" "make room and run this again; the whole log: $2"; fi
+	if disk_is_full "$2"; then die "the disk is full: $1" "make room in $(dirname "$2") and run this again"; fi
 	tail -n 30 "$2" | sed 's/^/    | /' >&2
 	die "failed with status $rc: $1" "the whole log: $2"
 }
 
-# The same, but a failure is the caller's to handle.
+# disk_is_full LOG: whether that is why it failed. A log on a full disk cannot say so.
+disk_is_full() {
+	local free
+	grep -q 'No space left on device' "$1" 2>/dev/null && return 0
+	free=$(df -Pm "$(dirname "$1")" 2>/dev/null | awk 'NR == 2 { print $4 }')
+	[ "${free:-99}" -lt 4 ]
+}
+
+# As quietly, but a failure is the caller's to handle.
 quietly_or() {
 	local what=$1 log=$2 start=$SECONDS rc=0
 	shift 2
-	mkdir -p "$(dirname "$log")"
+	mkdir -p "$(dirname "$log")" || return 1
 	say "$what"
 	"$@" >"$log" 2>&1 </dev/null || rc=$?
 	if [ $((SECONDS - start)) -ge 3 ]; then note "took $((SECONDS - start)) s"; fi
 	return "$rc"
+}
+
+# need_cache: makes the folder of the cache, which has to be writable.
+need_cache() {
+	mkdir -p "$LLOOP_CACHE" 2>/dev/null && : 2>/dev/null >"$LLOOP_CACHE/.writable" ||
+		die "cannot write to the cache $LLOOP_CACHE" "make it writable, make room, or set LLOOP_CACHE to another folder"
+	rm -f "$LLOOP_CACHE/.writable"
 }
 
 # step COMMAND...: shows the command in the log that it is run into.

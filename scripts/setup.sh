@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets this machine up to build and run lloop: Debian packages, a built SPDK, hugepages, and lloop itself.
-# Safe to run again: what is there already is left alone. Needs root for packages and hugepages only.
+# Safe to run again, and twice at once: what is there already is left alone. Needs root for packages and hugepages only.
 #
 # usage: setup.sh [--tests] [--fio] [--hugepages MIB] [--no-build] [--undo-hugepages]
 #   --tests            also what scripts/test.sh needs: SPDK's own programs with lloop inside, a small virtual machine,
@@ -63,9 +63,14 @@ install_packages() {
 	command -v apt-get >/dev/null || die "this machine has no apt-get" "install the counterparts of: ${missing[*]}"
 	[ "$(id -u)" = 0 ] || die "packages are missing, and installing them needs root" "sudo apt-get install ${missing[*]}"
 	export DEBIAN_FRONTEND=noninteractive
-	quietly "updating apt's lists" "$LLOOP_CACHE/apt.log" apt-get -q update
-	quietly "installing ${#missing[@]} packages" "$LLOOP_CACHE/apt.log" \
-		apt-get -q install -y --no-install-recommends "${missing[@]}"
+	# apt says what it could not fetch as a warning only, and goes on with its old lists: that is enough where they are.
+	quietly_or "updating apt's lists" "$LLOOP_CACHE/apt-update.log" apt-get -q update || true
+	quietly_or "installing ${#missing[@]} packages" "$LLOOP_CACHE/apt.log" \
+		apt-get -q -o DPkg::Lock::Timeout=600 install -y --no-install-recommends "${missing[@]}" && return 0
+	if disk_is_full "$LLOOP_CACHE/apt.log"; then die "the disk is full: packages could not be installed" "make room and run this again"; fi
+	tail -n 15 "$LLOOP_CACHE/apt.log" | sed 's/^/    | /' >&2
+	die "apt-get could not install: ${missing[*]}" "see to the network (apt-get update has to work) and run this again" \
+		"the logs: $LLOOP_CACHE/apt-update.log, $LLOOP_CACHE/apt.log"
 }
 
 check_rust() {
@@ -77,6 +82,24 @@ check_rust() {
 	have=$(printf '%s' "$have" | awk '{ print $2 }')
 	[ "$(printf '%s\n' "$wanted" "${have%%-*}" | sort -V | head -n 1)" = "$wanted" ] ||
 		die "Rust $have is too old, lloop needs $wanted" "rustup update"
+}
+
+# What dead programs of SPDK's kind have left: hugepage files, which hold memory, and locks of their sockets. A file is left when
+# the process in its name is gone and nobody holds it locked, as DPDK does with those in use (a process of another container, say).
+reclaim_leftovers() {
+	local file pid mount count=0
+	while read -r mount; do
+		for file in "$mount"/spdk_pid*map_*; do
+			pid=${file##*/spdk_pid} pid=${pid%%map_*}
+			if [[ $pid =~ ^[0-9]+$ ]] && [ ! -d "/proc/$pid" ] && flock -n "$file" rm -f "$file" 2>/dev/null; then count=$((count + 1)); fi
+		done
+	done < <(awk '$3 == "hugetlbfs" { print $2 }' /proc/mounts)
+	[ "$count" -eq 0 ] || say "reclaimed $count hugepage files of dead processes"
+	# The tests' sockets have the test program's process id in their names, and SPDK holds such a lock as long as it lives.
+	for file in "${TMPDIR:-/tmp}"/lloop-*.sock.lock; do
+		pid=${file##*/lloop-} pid=${pid%%-*}
+		if [[ $pid =~ ^[0-9]+$ ]] && [ ! -d "/proc/$pid" ] && flock -n "$file" rm -f "$file" 2>/dev/null; then rm -f "${file%.lock}"; fi
+	done
 }
 
 reserve_hugepages() {
@@ -109,10 +132,18 @@ reserve_hugepages() {
 	fi
 }
 
+# One set-up at a time: they would install the same packages and write the same files.
+need_cache
+exec 8>"$LLOOP_CACHE/setup.lock"
+if ! flock -n 8; then
+	note "another set-up is running; waiting for it"
+	flock 8
+fi
 install_packages
 check_rust
 SPDK_DIR=$("$LLOOP_ROOT/scripts/spdk.sh")
 export SPDK_DIR
+reclaim_leftovers
 reserve_hugepages
 cd "$LLOOP_ROOT"
 if [ -n "$build" ]; then

@@ -11,23 +11,23 @@ FALLBACK_VERSION=20.07
 FALLBACK_LOST="no vhost (virtual machines use NVMe/TCP or iSCSI), no interrupt mode, no ublk, no TLS, slower writes off Lustre (O_DSYNC)"
 FALLBACK_OPTIONS=(--disable-tests --disable-unit-tests --with-uring --without-vhost --without-virtio --without-isal)
 
-provide_fallback() {
+provide_fallback() { # WHY
 	local key tree options=("${FALLBACK_OPTIONS[@]}" "--target-arch=$ARCH")
 	[ "$(uname -m)" != x86_64 ] || options+=(--with-crypto)
 	key=$(key fallback "${options[@]}")
 	tree=$(cached "$key")
-	printf '%snote:%s SPDK v%s is the last resort: %s\n' "$RED" "$PLAIN" "$FALLBACK_VERSION" "$FALLBACK_LOST"
+	say "${RED}using SPDK v$FALLBACK_VERSION, the last resort${PLAIN} ($1): $FALLBACK_LOST"
 	if [ -n "$tree" ]; then
 		printf '%s\n' "$tree" >&3
 		return 0
 	fi
-	command -v apt-get >/dev/null || die "this machine has no apt-get to fetch SPDK with" "set SPDK_DIR to a built SPDK tree (v$OLDEST or later)"
+	need_archive
+	remove_half_built
 	need_disk 1500
-	quietly_or "fetching SPDK v$FALLBACK_VERSION out of Debian's ceph source package (150 MB)" "$LLOOP_CACHE/spdk-fetch.log" \
-		obtain "trixie sid $(. /etc/os-release && echo "${VERSION_CODENAME:-}")" src/spdk "$FALLBACK_VERSION" "$key" ||
-		die "SPDK could not be fetched: neither a release of today nor v$FALLBACK_VERSION" \
-			"is the Debian archive of this machine's apt reachable? The log: $LLOOP_CACHE/spdk-fetch.log" \
-			"or set SPDK_DIR to a built SPDK tree (v$OLDEST or later)"
+	fetch_or_die "SPDK v$FALLBACK_VERSION out of Debian's ceph source package (150 MB)" \
+		"trixie sid $(. /etc/os-release && echo "${VERSION_CODENAME:-}")" src/spdk "$FALLBACK_VERSION" "$key" ||
+		die "the Debian archive that this machine's apt is configured for has no usable SPDK: neither v$OLDEST or later nor v$FALLBACK_VERSION" \
+			"set SPDK_DIR to a built SPDK tree (v$OLDEST or later); the log: $LLOOP_CACHE/spdk-fetch.log"
 	tree=$(cat "$LLOOP_CACHE/fetch/tree")
 	touch "$tree/.lloop-fallback"
 	# Its iSCSI target brings an arc4random of its own, which glibc 2.36 and later declare too: this is its switch.

@@ -8,8 +8,8 @@
 # usage: spdk.sh [--fallback]
 #   --fallback   the last resort even where the SPDK of today can be had
 #
-# It may be interrupted anywhere. A tree counts only when its stamp is there, and the stamp is written last. Two runs at once
-# wait for each other on a lock.
+# It may be interrupted anywhere, and may run out of disk. A tree counts only when its stamp is there, and the stamp is written
+# last; what is left without one is removed by the next run. Two runs at once wait for each other on a lock.
 #
 # SPDK_DIR     a built SPDK tree of your own
 # LLOOP_CACHE  where SPDK is built (default ~/.cache/lloop)
@@ -68,32 +68,71 @@ cached() { # KEY
 }
 
 # obtain SUITES FOLDER OLDEST KEY: unpacks FOLDER of the ceph source package of the first of SUITES whose SPDK is OLDEST or later.
-# Its path is written to the file $LLOOP_CACHE/fetch/tree.
+# Its path is written to the file $LLOOP_CACHE/fetch/tree. Status 1: no suite has it; 2: some suite could not be asked.
 obtain() {
-	local suites=$1 folder=$2 oldest=$3 key=$4 work=$LLOOP_CACHE/fetch suite uri found version tree
+	local suites=$1 folder=$2 oldest=$3 key=$4 work=$LLOOP_CACHE/fetch suite uri found version tree rc=1
 	for suite in $suites; do
 		while read -r uri; do
 			rm -rf "$work"
-			mkdir -p "$work/unpacked" || return 1
-			fetch_source "$suite" "$uri" "$work" ceph || continue
+			mkdir -p "$work/unpacked" || return 2
+			if ! fetch_source "$suite" "$uri" "$work" ceph >"$work/log" 2>&1; then
+				cat "$work/log"
+				# What is not there is answered with 404, and some archives answer 403.
+				grep -Eq '40[34] |does not have a Release file|Unable to find a source package' "$work/log" || rc=2
+				continue
+			fi
+			cat "$work/log"
 			step tar -C "$work/unpacked" -xf "$(ls "$work"/ceph_*.orig.tar.* | head -n 1)" --wildcards "*/$folder" || continue
 			found=$(ls -d "$work"/unpacked/*/"$folder" 2>/dev/null | head -n 1)
 			version=$(spdk_version "$found")
 			if [ -n "$version" ] && not_older "$version" "$oldest"; then
 				tree=$LLOOP_CACHE/spdk-v$version-$key
 				rm -rf "$tree"
-				mv "$found" "$tree" || return 1
+				mv "$found" "$tree" || return 2
 				rm -rf "$work"
 				mkdir -p "$work"
-				printf '%s\n' "$tree" >"$work/tree"
+				printf '%s\n' "$tree" >"$work/tree" || return 2
 				return 0
 			fi
 			printf 'suite %s carries SPDK "%s" in %s; %s or later is needed\n' "$suite" "$version" "$folder" "$oldest"
 		done < <(debian_archives)
 	done
 	rm -rf "$work"
-	printf 'no suite out of "%s" of the configured Debian archive has SPDK v%s or later in its ceph source package\n' "$suites" "$oldest"
+	printf 'no suite out of "%s" of the configured Debian archive gave SPDK v%s or later\n' "$suites" "$oldest"
+	return "$rc"
+}
+
+# What came of obtain, said to the user: ends with a sentence where there is nothing to go on with.
+fetch_or_die() { # WHAT SUITES FOLDER OLDEST KEY
+	local rc=0 log=$LLOOP_CACHE/spdk-fetch.log what=$1
+	shift
+	quietly_or "fetching $what" "$log" obtain "$@" || rc=$?
+	[ "$rc" -ne 0 ] || return 0
+	if disk_is_full "$log"; then die "the disk is full: SPDK could not be fetched" "make room in $LLOOP_CACHE and run this again"; fi
+	[ "$rc" -ne 2 ] || die "the Debian archive that this machine's apt is configured for could not be reached" \
+		"$(grep -E '^(E|W|Err)' "$log" | head -n 1 | cut -c1-200)" \
+		"see to the network (apt-get update has to work) and run this again; the log: $log" \
+		"or set SPDK_DIR to a built SPDK tree (v$OLDEST or later)"
 	return 1
+}
+
+# What an interrupted or failed run has left. A tree without its stamp is of no use to anybody, and takes up the disk. Run under
+# the lock.
+remove_half_built() {
+	local tree
+	rm -rf "$LLOOP_CACHE/fetch"
+	for tree in "$LLOOP_CACHE"/spdk-v*; do
+		if [ -d "$tree" ] && { [ ! -e "$tree/.lloop-complete" ] || ! spdk_is_built "$tree"; }; then
+			note "removing $tree, which is half-built"
+			rm -rf "$tree"
+		fi
+	done
+}
+
+need_archive() {
+	command -v apt-get >/dev/null || die "this machine has no apt-get to fetch SPDK with" "set SPDK_DIR to a built SPDK tree (v$OLDEST or later)"
+	[ -n "$(debian_archives)" ] || die "apt knows no Debian archive to fetch SPDK from" \
+		"run apt-get update, or set SPDK_DIR to a built SPDK tree (v$OLDEST or later)"
 }
 
 build() { # TREE OPTION...
@@ -117,17 +156,18 @@ provide() {
 	local tree=$1
 	shift
 	quietly "building SPDK v$(spdk_version "$tree") in $tree (3 to 6 minutes on 2 cores)" "$LLOOP_CACHE/spdk-build.log" build "$tree" "$@"
-	touch "$tree/.lloop-complete"
+	touch "$tree/.lloop-complete" || die "cannot write to $tree" "make room in $LLOOP_CACHE and run this again"
 	printf '%s\n' "$tree" >&3
 }
 
-mkdir -p "$LLOOP_CACHE"
+need_cache
 exec 9>"$LLOOP_CACHE/spdk.lock"
 if ! flock -n 9; then
 	note "another run is building SPDK in $LLOOP_CACHE; waiting for it"
 	flock 9
 fi
 
+why='asked for'
 if [ -z "$fallback" ]; then
 	key=$(key "${OPTIONS[@]}")
 	tree=$(cached "$key")
@@ -135,16 +175,13 @@ if [ -z "$fallback" ]; then
 		printf '%s\n' "$tree" >&3
 		exit 0
 	fi
-	command -v apt-get >/dev/null || die "this machine has no apt-get to fetch SPDK with" "set SPDK_DIR to a built SPDK tree (v$OLDEST or later)"
-	[ -n "$(debian_archives)" ] || die "apt knows no Debian archive to fetch SPDK from" \
-		"run apt-get update, or set SPDK_DIR to a built SPDK tree (v$OLDEST or later)"
+	need_archive
+	remove_half_built
 	need_disk $((SOURCE_MIB + BUILD_MIB))
-	if quietly_or "fetching SPDK out of Debian's ceph source package (250 MB)" "$LLOOP_CACHE/spdk-fetch.log" \
-		obtain "forky sid" src/nvmeof/gateway/spdk "$OLDEST" "$key"; then
+	if fetch_or_die "SPDK out of Debian's ceph source package (250 MB)" "forky sid" src/nvmeof/gateway/spdk "$OLDEST" "$key"; then
 		provide "$(cat "$LLOOP_CACHE/fetch/tree")" "${OPTIONS[@]}"
 		exit 0
 	fi
-	grep -q 'No space left on device' "$LLOOP_CACHE/spdk-fetch.log" && die "the disk is full: SPDK could not be unpacked" "make room in $LLOOP_CACHE"
-	say "${RED}the SPDK of today cannot be had here${PLAIN} (the reason: $LLOOP_CACHE/spdk-fetch.log); trying v$FALLBACK_VERSION, the last resort"
+	why="neither forky nor sid of this machine's Debian archive has v$OLDEST or later"
 fi
-provide_fallback
+provide_fallback "$why"

@@ -7,7 +7,7 @@ use super::options::{self, CreateParams, capacity_blocks};
 use super::prepare::{Prepared, prepare};
 use super::state::State;
 use super::{Attached, Entry, MODULE, REGISTRY, pool};
-use crate::engine::guard::Standing;
+use crate::engine::state::VolumeState;
 use crate::engine::{Target, Volume};
 use crate::error::{Error, Result};
 use crate::os::file::{DirectFile, Identity, OpenOptions};
@@ -33,6 +33,12 @@ fn with_entries<R>(f: impl FnOnce(&mut BTreeMap<String, Entry>) -> R) -> Result<
 
 fn blocking() -> Result<Blocking> {
     REGISTRY.with(|registry| registry.blocking.clone()).ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
+}
+
+/// Runs `call`, which may block, on another thread; whether that can be done.
+pub fn in_background(call: impl FnOnce() + Send + 'static) -> bool {
+    // A reactor other than the application's asks as well: the way to the other threads is shared.
+    super::blocking().is_some_and(|blocking| blocking.start(call))
 }
 
 /// A name that is reserved until the attach has succeeded.
@@ -317,13 +323,13 @@ fn make_long_enough(target: &Target, end_bytes: Option<u64>) -> Result<u64> {
     let file = target.file();
     let shown = file.path().display();
     // Nothing protects a file without its locks: others may be at work on it.
-    match target.guard().standing() {
-        Standing::Held => {}
-        Standing::Recovering => {
+    match target.state() {
+        VolumeState::Open | VolumeState::Held | VolumeState::Ending => {}
+        VolumeState::Recovering => {
             let message = format!("{shown}: a lock that was lost is being taken again; try again");
             return Err(Error::new(libc::EBUSY, message));
         }
-        Standing::Fenced => {
+        VolumeState::Fenced => {
             let message = format!("{shown} is fenced: its locks are lost; resume the device first");
             return Err(Error::new(libc::EBUSY, message));
         }
@@ -345,7 +351,7 @@ fn make_long_enough(target: &Target, end_bytes: Option<u64>) -> Result<u64> {
 /// locks.
 pub async fn resume(name: &str) -> Result<()> {
     let Attached { device, .. } = find(name)?;
-    let sick = |target: &Arc<Target>| target.damage().is_some() || target.guard().standing() == Standing::Fenced;
+    let sick = |target: &Arc<Target>| target.damage().is_some() || target.state() == VolumeState::Fenced;
     let (Some(target), Some(volume)) = (device.target().filter(sick), device.volume_id()) else {
         return Err(Error::new(
             libc::EINVAL,

@@ -70,6 +70,14 @@ struct Registry {
 static REGISTRY: Owned<Registry> = Owned::new();
 static POOL: Mutex<Option<Pool<Token>>> = Mutex::new(None);
 
+/// The way to other threads, for any reactor.
+static BLOCKING: Mutex<Option<Blocking>> = Mutex::new(None);
+
+/// The way to other threads, while the module runs. Not for the I/O path.
+fn blocking() -> Option<Blocking> {
+    BLOCKING.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
 /// The workers, while the module runs.
 fn pool() -> Option<Pool<Token>> {
     POOL.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -124,6 +132,7 @@ impl bdev::Module for Lloop {
             let pool = Pool::new(&PoolOptions { reactor_cpus: reactor_cpus.clone(), ..options.pool() })?;
             *POOL.lock().unwrap_or_else(PoisonError::into_inner) = Some(pool);
             let blocking = Blocking::new(reactor_cpus)?;
+            *BLOCKING.lock().unwrap_or_else(PoisonError::into_inner) = Some(blocking.clone());
             let memory = MemoryWatch::new(ring::forget_memory).map_err(|e| Error::os(e, "watching SPDK's memory"))?;
             REGISTRY.put(Registry { entries: RefCell::default(), blocking, _memory: memory });
             GROUPS.register();
@@ -135,11 +144,12 @@ impl bdev::Module for Lloop {
         })
     }
 
-    /// By now the bdev layer has unregistered every device, and [`Device::closed`] is done for each.
+    /// By now the bdev layer has unregistered every device, and [`bdev::Bdev::closed`] is done for each.
     fn fini(done: FiniDone) {
         let Some(registry) = REGISTRY.take() else { return done.report() };
         thread::spawn(async move {
             let pool = POOL.lock().unwrap_or_else(PoisonError::into_inner).take();
+            drop(BLOCKING.lock().unwrap_or_else(PoisonError::into_inner).take());
             if let Some(pool) = pool {
                 let stopped = registry.blocking.run(move || pool.stop(Duration::from_secs(5))).await;
                 if let Err(error) | Ok(Err(error)) = stopped {

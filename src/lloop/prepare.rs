@@ -8,6 +8,7 @@ use crate::engine::{LaneMap, Target, Uring};
 use crate::error::{Error, Result, reason};
 use crate::os::file::DirectFile;
 use crate::os::lustre::group::PROBE_GROUP;
+use crate::os::lustre::layout::Layout;
 use crate::os::mount::Mount;
 use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroU32;
@@ -78,7 +79,9 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
             "{shown}: no discards: nothing would keep others out while the group lock is let go of for them"
         );
     } else if wanted {
-        let probed = guard.without_group(&file, || can_punch = file.can_punch());
+        let probed = guard.without_group(&file, &object_offsets(&file, size_bytes), |permit| {
+            can_punch = file.can_punch(permit);
+        });
         probed.map_err(|why| Error::new(libc::EBUSY, format!("{shown}: {why}")))?;
     }
     let engine = choose_engine(params, &file);
@@ -114,6 +117,14 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
         StripeSplit::Auto => on_lustre && !client_splits(client_version.as_deref().unwrap_or_default()),
     };
     Ok(Prepared { target, map, facts, num_blocks, stripe_blocks, split: split && stripe_blocks > 0 })
+}
+
+/// An offset in each object of a file.
+fn object_offsets(file: &DirectFile, size_bytes: u64) -> Vec<u64> {
+    match Layout::read(file.as_fd()) {
+        Ok(layout) => layout.object_offsets(size_bytes),
+        Err(_) => vec![0],
+    }
 }
 
 /// Refuses a writable device whose blocks are finer than the file's direct I/O where others may write to the file, too: parts of pages
@@ -252,8 +263,8 @@ fn client_version() -> Option<String> {
     Some(text.trim().trim_start_matches("lustre:").trim().to_owned())
 }
 
-/// Whether that client works on the stripes of one call in parallel: from 2.15 on (facts/lustre.md). One whose version is not known
-/// is taken for a new one.
+/// Whether that client works on the stripes of one call in parallel: from 2.15 on (docs/internals/lustre.md#stripes-in-parallel).
+/// One whose version is not known is taken for a new one.
 fn client_splits(version: &str) -> bool {
     let mut numbers = version.split(['.', '-', '_']).map_while(|part| part.parse::<u32>().ok());
     match (numbers.next(), numbers.next()) {

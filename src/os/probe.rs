@@ -1,7 +1,7 @@
 //! Finding out what a file can do, and what has become of it.
 
 use super::bounce::BounceBuffer;
-use super::file::{DirectFile, PAGE_BYTES, fstat, open_fd, retry_interrupted, through_proc};
+use super::file::{DirectFile, PAGE_BYTES, Unlocked, fstat, open_fd, retry_interrupted, through_proc};
 use super::iov::IovList;
 use super::lustre;
 use super::lustre::group::{PROBE_GROUP, group_lock};
@@ -34,7 +34,7 @@ impl DirectFile {
         };
         match dio_align(self.fd.as_fd()) {
             Some((0, _) | (_, 0)) => return Err(refuse()),
-            // Lustre says nothing here; should it ever, whole pages are what every version takes (facts/lustre.md).
+            // Lustre says nothing here; should it ever, whole pages are what every version takes (docs/internals/lustre.md#alignment).
             Some((offset, memory)) if self.identity.fs_magic != lustre::CLIENT_MAGIC => {
                 self.align.offset_bytes = offset.max(512);
                 self.align.memory_bytes = memory;
@@ -99,25 +99,25 @@ impl DirectFile {
 
     /// Whether holes can be punched, tried out where it changes nothing: far behind the file's end. On Lustre it waits for
     /// everybody's group locks: ask [`DirectFile::is_group_locked`] first. Blocks.
-    pub fn can_punch(&self) -> bool {
+    pub fn can_punch(&self, permit: Unlocked<'_>) -> bool {
         const FAR_BYTES: u64 = 1 << 30;
         match self.size_bytes() {
             Ok(size) if !self.read_only && size < i64::MAX as u64 - 2 * FAR_BYTES => {
-                self.punch((size + FAR_BYTES) & !(FAR_BYTES - 1), PAGE_BYTES as u64).is_ok()
+                self.punch(permit, (size + FAR_BYTES) & !(FAR_BYTES - 1), PAGE_BYTES as u64).is_ok()
             }
             _ => false,
         }
     }
 
-    /// Reads the first page and forgets it. Blocks.
+    /// Reads a page and forgets it. Blocks.
     ///
     /// # Errors
     /// The system's errno.
-    pub fn trial_read(&self) -> Result<(), i32> {
+    pub fn trial_read(&self, offset_bytes: u64) -> Result<(), i32> {
         let mut buffer = BounceBuffer::new(self.align.offset_bytes).map_err(|_| libc::ENOMEM)?;
         let mut iovs = IovList::default();
         iovs.push_slice(buffer.as_mut_slice());
-        self.read_at(&iovs, 0).map(drop)
+        self.read_at(&iovs, offset_bytes).map(drop)
     }
 
     /// Whether the path still leads to this file. Blocks.

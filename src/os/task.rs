@@ -81,6 +81,11 @@ impl Blocking {
         self.stuck.load(Ordering::Relaxed)
     }
 
+    /// Runs `call` on a thread of its own; nobody waits for it. False when the dispatcher has ended.
+    pub fn start(&self, call: impl FnOnce() + Send + 'static) -> bool {
+        self.jobs.send(Box::new(call)).is_ok()
+    }
+
     /// Runs `call` on a thread of its own. When the caller stops waiting, the call goes on and its result is dropped there.
     ///
     /// # Errors

@@ -3,15 +3,20 @@
 #![allow(dead_code)] // each test binary uses its part
 
 pub mod fuzz;
+pub mod hugepages;
 pub mod load;
 pub mod nvme;
+pub mod program;
 pub mod slow;
 
+use program::Program;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
@@ -37,9 +42,10 @@ pub fn image(folder: &Path, name: &str, len_bytes: u64) -> PathBuf {
     path
 }
 
-/// A running lloop_tgt.
+/// A running lloop_tgt. When it dies by itself, the test fails with that.
 pub struct Target {
-    child: Child,
+    program: Arc<Program>,
+    claim: Option<hugepages::Claim>,
     pub socket: PathBuf,
     pub folder: tempfile::TempDir,
 }
@@ -70,23 +76,32 @@ impl Target {
     pub fn start_program(command: &mut Command, folder: tempfile::TempDir) -> Self {
         // The kernel limits a socket's path to 107 bytes, and build folders can be deep.
         let socket = std::env::temp_dir().join(format!("lloop-{}-{}.sock", std::process::id(), unique()));
-        let log = std::fs::File::create(folder.path().join("log")).unwrap();
+        let log_path = folder.path().join("log");
+        let log = std::fs::File::create(&log_path).unwrap();
         if !command.get_args().any(|arg| arg == "-m") {
             command.args(["-m", "0x1"]);
+        }
+        if command.get_current_dir().is_none() {
+            // A core file goes with the test's folder.
+            command.current_dir(folder.path());
         }
         command
             .args(["-r", socket.to_str().unwrap()])
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
-        let child = command.spawn().unwrap();
-        let mut target = Target { child, socket, folder };
+        let mut claim = hugepages::claim(hugepages::of(command).unwrap_or(hugepages::DEFAULT_MIB));
+        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        claim.is_for(child.id(), Some(&socket));
+        let name = hugepages::program_of(command).unwrap_or_else(|| "the target".to_owned());
+        let target = Target { program: Program::new(child, &name, log_path), claim: Some(claim), socket, folder };
         let deadline = Instant::now() + Duration::from_secs(60);
         while target.try_call("rpc_get_methods", json!({})).is_none() {
-            if let Some(status) = target.child.try_wait().unwrap() {
-                panic!("lloop_tgt ended with {status}:\n{}", target.log());
+            if let Some(status) = target.program.status() {
+                target.program.may_end();
+                panic!("{name} did not start: {status}");
             }
-            assert!(Instant::now() < deadline, "lloop_tgt does not answer:\n{}", target.log());
+            assert!(Instant::now() < deadline, "{name} does not answer");
             std::thread::sleep(Duration::from_millis(30));
         }
         target
@@ -94,7 +109,12 @@ impl Target {
 
     /// Its process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.program.pid()
+    }
+
+    /// Whether its death has been told.
+    pub fn has_been_reported(&self) -> bool {
+        self.program.has_been_reported()
     }
 
     /// What it said.
@@ -194,17 +214,21 @@ impl Target {
         nvme::Nvme::connect(&address, &nqn, block).unwrap()
     }
 
-    /// Sends a signal.
+    /// Sends a signal. What ends a process may end it from now on.
     pub fn signal(&self, name: &str) {
+        if ["TERM", "INT", "KILL", "QUIT", "HUP"].contains(&name) {
+            self.program.may_end();
+        }
         let status = Command::new("kill").args([&format!("-{name}"), &self.pid().to_string()]).status().unwrap();
         assert!(status.success());
     }
 
     /// Waits for its end.
     pub fn wait(&mut self, limit: Duration) -> ExitStatus {
+        self.program.may_end();
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
+            if let Some(status) = self.program.status() {
                 return status;
             }
             assert!(Instant::now() < deadline, "lloop_tgt does not end:\n{}", self.log());
@@ -241,38 +265,54 @@ impl Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
-        let pid = self.pid();
-        if let Ok(None) = self.child.try_wait() {
-            let _ = self.child.kill();
-            // (One that is stuck in a call on a slow file, which is dropped after this, ends only with that.)
-            let deadline = Instant::now() + Duration::from_secs(5);
-            while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-        }
-        let _ = std::fs::remove_file(&self.socket);
-        remove_leftovers(pid);
-        if std::thread::panicking() {
-            eprintln!("---- the target's log\n{}----", self.log());
+        let death = self.program.unreported_death();
+        program::end(self.program.clone(), self.claim.take());
+        let death = death.or_else(|| self.program.unreported_death());
+        remove_socket(&self.socket);
+        match death {
+            Some(text) if !std::thread::panicking() => panic!("{text}"),
+            Some(text) => eprintln!("{text}"),
+            None if std::thread::panicking() => eprintln!("---- the target's log\n{}----", self.log()),
+            None => {}
         }
     }
 }
 
-/// A killed SPDK leaves its hugepage files and its trace memory behind; these are the ones of `pid`.
+/// A killed SPDK leaves its socket behind, and newer ones a lock beside it.
+pub fn remove_socket(socket: &Path) {
+    let mut lock = socket.as_os_str().to_owned();
+    lock.push(".lock");
+    let _ = std::fs::remove_file(socket);
+    let _ = std::fs::remove_file(lock);
+}
+
+/// A killed SPDK leaves its hugepage files, its trace memory, DPDK's folder and the locks of its processors behind; these are the
+/// ones of `pid`.
 pub fn remove_leftovers(pid: u32) {
-    let entries = ["/dev/hugepages", "/dev/shm"].into_iter().filter_map(|dir| std::fs::read_dir(dir).ok()).flatten();
-    for entry in entries.flatten() {
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let hugetlbfs = mounts.lines().filter_map(|line| {
+        let mut words = line.split(' ').skip(1);
+        words.next().zip(words.next()).filter(|(_, kind)| *kind == "hugetlbfs").map(|(at, _)| at)
+    });
+    let folders = hugetlbfs.chain(["/dev/shm", "/var/tmp"]);
+    for entry in folders.filter_map(|folder| std::fs::read_dir(folder).ok()).flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(&format!("spdk_pid{pid}map_")) || name.ends_with(&format!("_trace.pid{pid}")) {
+        let is_its_own = name.starts_with(&format!("spdk_pid{pid}map_"))
+            || name.ends_with(&format!("_trace.pid{pid}"))
+            // Such a lock holds the process id as a C int.
+            || name.starts_with("spdk_cpu_lock_") && std::fs::read(entry.path()).is_ok_and(|bytes| bytes.starts_with(&pid.to_ne_bytes()));
+        if is_its_own {
             let _ = std::fs::remove_file(entry.path());
         }
     }
+    let _ = std::fs::remove_dir_all(format!("/var/run/dpdk/spdk_pid{pid}"));
 }
 
 /// Whether `condition` comes true within a minute.
 pub fn eventually(mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !condition() {
+        program::all_live();
         if Instant::now() > deadline {
             return false;
         }
@@ -341,8 +381,15 @@ pub fn spdk_app(name: &str) -> Command {
     command
 }
 
-/// Runs a program to its end, within `limit`; what it printed, and how it ended.
+/// Runs a program to its end, within `limit`; what it printed, and how it ended. One of SPDK's kind may fail but not crash.
 pub fn run(command: &mut Command, limit: Duration) -> (ExitStatus, String) {
+    let memory = hugepages::of(command);
+    let mut claim = memory.map(hugepages::claim);
+    // A core file goes with this folder.
+    let place = memory.filter(|_| command.get_current_dir().is_none()).map(|_| folder());
+    if let Some(place) = &place {
+        command.current_dir(place.path());
+    }
     let mut output = tempfile::tempfile().unwrap();
     let mut child = command
         .stdin(Stdio::null())
@@ -351,25 +398,31 @@ pub fn run(command: &mut Command, limit: Duration) -> (ExitStatus, String) {
         .spawn()
         .unwrap_or_else(|e| panic!("{command:?}: {e}"));
     let pid = child.id();
+    if let Some(claim) = &mut claim {
+        claim.is_for(pid, None);
+    }
     let deadline = Instant::now() + limit;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
-            break status;
+            break Some(status);
         }
         if Instant::now() > deadline {
             let _ = child.kill();
             let _ = child.wait();
-            remove_leftovers(pid);
-            let mut text = String::new();
-            std::io::Seek::rewind(&mut output).unwrap();
-            let _ = output.read_to_string(&mut text);
-            panic!("{command:?} took longer than {limit:?}:\n{text}");
+            break None;
         }
         std::thread::sleep(Duration::from_millis(20));
     };
-    remove_leftovers(pid);
+    if claim.is_some() {
+        remove_leftovers(pid);
+        let words: Vec<_> = command.get_args().collect();
+        words.windows(2).filter(|pair| pair[0] == "-r").for_each(|pair| remove_socket(Path::new(pair[1])));
+    }
     let mut text = Vec::new();
     std::io::Seek::rewind(&mut output).unwrap();
     output.read_to_end(&mut text).unwrap();
-    (status, String::from_utf8_lossy(&text).into_owned())
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let status = status.unwrap_or_else(|| panic!("{command:?} took longer than {limit:?}:\n{text}"));
+    assert!(claim.is_none() || status.signal().is_none(), "{command:?} died: {status}\n{text}");
+    (status, text)
 }

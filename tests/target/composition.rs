@@ -182,7 +182,8 @@ fn what_is_encrypted_above_lies_encrypted_in_the_file() {
     let mut crypto = json!({"base_bdev_name": name, "name": "secret"});
     let more = match since(&target, 23) {
         true => {
-            let key = json!({"name": "k", "cipher": "AES_CBC", "key": "30313233343536373839616263646566"});
+            let (key, second) = ("30313233343536373839616263646566", "66656463626139383736353433323130");
+            let key = json!({"name": "k", "cipher": "AES_XTS", "key": key, "key2": second});
             target.ok("accel_crypto_key_create", key);
             json!({"key_name": "k"})
         }

@@ -1,6 +1,6 @@
 //! fio with SPDK's plugin and lloop in it: the stock fio, on the jobs of examples/fio as docs/fio.md has them run.
 
-use crate::common::{beside, folder, image, remove_leftovers, run};
+use crate::common::{beside, folder, image, run};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
@@ -115,10 +115,6 @@ fn fio_says_why_a_file_is_refused() {
     std::fs::remove_file(folder.path().join("threads.img")).unwrap();
     let mut command = Command::new("/usr/bin/fio");
     command.env("LD_PRELOAD", beside("liblloop_fio.so")).current_dir(folder.path()).arg("sequential.fio");
-    let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
-    let pid = child.id();
-    let output = child.wait_with_output().unwrap();
-    remove_leftovers(pid);
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && said.contains("threads.img"), "{}\n{said}", output.status);
+    let (status, said) = run(&mut command, LIMIT);
+    assert!(!status.success() && said.contains("threads.img"), "{status}\n{said}");
 }

@@ -3,7 +3,7 @@
 use crate::common::load::Load;
 use crate::common::nvme::Failed;
 use crate::common::slow::{SlowFile, fixture};
-use crate::common::{Target, eventually, folder};
+use crate::common::{Target, eventually, folder, hugepages};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -84,6 +84,7 @@ fn lustre_locks_are_shown_as_far_as_they_reach() {
 
 #[test]
 fn lustre_group_locks_keep_everybody_else_out() {
+    let _memory = hugepages::reserve(3 * hugepages::DEFAULT_MIB);
     let dir = folder();
     let file = striped(&dir);
     let stranger = file.client("s");

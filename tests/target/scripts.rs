@@ -1,6 +1,6 @@
 //! The first command of the README.
 
-use crate::common::{folder, free_port, image, run};
+use crate::common::{folder, free_port, hugepages, image, run};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -22,7 +22,17 @@ fn run_script(args: &[&str]) -> String {
 #[test]
 fn run_sh_proves_itself() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // Its target and its initiator.
+    let _memory = hugepages::claim(512 + 256);
+    // Memory that a dead process of SPDK's kind has left is given back on the way, and so is the lock of a test's socket.
+    let mut dead = Command::new("true").spawn().unwrap();
+    dead.wait().unwrap();
+    let hugepages = format!("/dev/hugepages/spdk_pid{}map_0", dead.id());
+    let lock = std::env::temp_dir().join(format!("lloop-{}-0.sock.lock", dead.id()));
+    std::fs::write(&lock, "").unwrap();
+    std::fs::File::create(&hugepages).unwrap();
     run_script(&[]);
+    assert!(!Path::new(&hugepages).exists() && !lock.exists());
     // And with a file of the user's, which keeps what is in it.
     let folder = folder();
     let file = image(folder.path(), "mine.img", 24 << 20);
@@ -35,6 +45,8 @@ fn run_sh_proves_itself() {
 #[test]
 fn run_sh_serves_until_it_is_interrupted() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    // Its target and its initiator.
+    let _memory = hugepages::claim(512 + 256);
     let folder = folder();
     let own = image(folder.path(), "own.img", 8 << 20);
     let output = folder.path().join("output");

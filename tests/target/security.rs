@@ -1,6 +1,6 @@
 //! What a target does not let its clients do, and what it does not keep for itself.
 
-use crate::common::{INVALID_PARAMS, Target, call, eventually, folder, image, run, spdk_app};
+use crate::common::{INVALID_PARAMS, Target, call, eventually, folder, hugepages, image, run, spdk_app};
 use serde_json::{Value, json};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
@@ -160,6 +160,7 @@ fn sockets_are_the_owners_alone() {
 
 #[test]
 fn a_target_that_gives_up_its_rights() {
+    let _memory = hugepages::reserve(1024 + 256);
     // A place that other users reach, which the build folder need not be.
     let dir = tempfile::Builder::new().prefix("lloop-user").tempdir_in("/var/tmp").unwrap();
     let here = dir.path().to_owned();
