@@ -69,6 +69,7 @@ fn a_day_with_the_command_line() {
         ["export", "nvmf", "lloop0", "--listen", &listen, "--nqn", "nqn.2026-11.io.lloop.test:cli", "--allow-any-host"];
     let first = ok(&target, &export);
     assert!(first.contains("nqn.2026-11.io.lloop.test:cli"), "{first}");
+    assert!(first.contains("nvme_core.io_timeout=600") && first.contains("--ctrl-loss-tmo=1800"), "{first}");
     let subsystems = target.ok("nvmf_get_subsystems", json!({}));
     ok(&target, &export);
     assert_eq!(target.ok("nvmf_get_subsystems", json!({})), subsystems, "the second export changed something");

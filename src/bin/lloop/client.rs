@@ -160,6 +160,11 @@ impl Client {
         Ok(Client { stream, address: address.clone(), timeout, last_id: 0 })
     }
 
+    /// Where the target is.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
     /// The target is on this node: its files are ours, too.
     pub fn is_local(&self) -> bool {
         matches!(self.address, Address::Unix(_))

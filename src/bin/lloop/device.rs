@@ -144,7 +144,7 @@ fn missing(bdevs: &Value, name: &str) -> Error {
 pub mod tests {
     use super::*;
 
-    /// A device as SPDK v20.07 shows it.
+    /// A device as SPDK shows it.
     pub fn bdev(name: &str) -> Value {
         json!({
             "name": name, "aliases": [], "product_name": "lloop", "block_size": 4096, "num_blocks": 16384,

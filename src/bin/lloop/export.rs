@@ -129,10 +129,15 @@ pub fn nvmf(client: &mut Client, command: &Nvmf, hosts: &Hosts) -> Result<Report
     })
 }
 
+/// A Linux host gives an I/O 30 s, then it resets the controller, which stops the I/O of all stripes. A Lustre server that fails over
+/// needs longer.
+const TIME_OUTS: &str = "before connecting, set the host's nvme_core.io_timeout=600 (seconds; its 30 are too few while a Lustre server \
+                         fails over), and connect with --ctrl-loss-tmo=1800";
+
 /// What to do on the hosts, or on other targets. One target cannot have two devices with one UUID (SPDK refuses that); two targets can,
 /// and Linux drops a namespace whose UUID it has under another NQN already ("duplicate IDs").
 fn notes(client: &mut Client, name: &str, nqn: &str) -> Result<Vec<String>> {
-    let mut notes = Vec::new();
+    let mut notes = vec![TIME_OUTS.to_owned()];
     if let Some(group) = device::shared_group(client, name)? {
         notes.push(format!(
             "another target with group_id {group} may export this file, too. A Linux host that connects to both drops the second \

@@ -5,7 +5,6 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::iscsi;
 use crate::nvmf::{self, Subsystem};
-use crate::peers;
 use crate::vhost::{self, Controller};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -69,8 +68,6 @@ pub struct Exports {
     pub iscsi: Option<iscsi::State>,
     /// The hosts connected to subsystems, by the subsystem's name, where the target tells.
     hosts: BTreeMap<String, Vec<String>>,
-    /// The target's sockets are in the kernel's tables of this node.
-    is_local: bool,
 }
 
 impl Exports {
@@ -92,7 +89,6 @@ impl Exports {
             controllers: vhost::controllers_if_any(client)?,
             iscsi: iscsi::State::ask_if_any(client)?,
             hosts,
-            is_local: client.is_local(),
         })
     }
 
@@ -140,11 +136,7 @@ impl Exports {
     fn over_nvmf(&self, subsystem: &Subsystem, name: &str) -> Exported {
         let nsid = subsystem.namespace_of(name).map(|namespace| namespace.nsid);
         let listeners: Vec<String> = subsystem.listen_addresses.iter().map(nvmf::ListenAddress::shown).collect();
-        let connected = match self.hosts.get(&subsystem.nqn) {
-            Some(hosts) => Some(hosts.clone()),
-            None if self.is_local => peers_of(subsystem),
-            None => None,
-        };
+        let connected = self.hosts.get(&subsystem.nqn).cloned();
         Exported {
             kind: "nvmf",
             name: subsystem.nqn.clone(),
@@ -165,11 +157,7 @@ impl Exports {
     }
 
     fn by_vhost(&self, controller: &Controller, name: &str) -> Exported {
-        let count = match &controller.sessions {
-            Some(sessions) => Some(sessions.len()),
-            None if self.is_local => peers::of_unix(&controller.socket),
-            None => None,
-        };
+        let count = controller.sessions.as_ref().map(Vec::len);
         let read_only = controller.block().is_some_and(|block| block.read_only);
         let target = controller.targets_of(name).next().map(|target| target.number);
         let socket = controller.socket.display().to_string();
@@ -199,17 +187,6 @@ impl Exports {
             read_only,
         }
     }
-}
-
-/// Where the target does not tell (SPDK v20.07): the addresses that are connected to the subsystem's.
-fn peers_of(subsystem: &Subsystem) -> Option<Vec<String>> {
-    let mut all = BTreeMap::new();
-    for listener in &subsystem.listen_addresses {
-        for (ip, times) in peers::of_tcp(&listener.socket_address()?)? {
-            *all.entry(ip).or_insert(0) += times;
-        }
-    }
-    Some(all.keys().map(ToString::to_string).collect())
 }
 
 fn over_iscsi(state: &iscsi::State, node: &iscsi::Node) -> Exported {
@@ -248,7 +225,6 @@ pub mod tests {
             controllers: Some(vhost::tests::some()),
             iscsi: Some(iscsi::tests::some()),
             hosts: BTreeMap::from([("nqn.2026-11.io.lloop:lloop0".to_owned(), vec!["nqn.h:1".to_owned()])]),
-            is_local: false,
         }
     }
 

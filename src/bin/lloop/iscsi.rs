@@ -339,7 +339,7 @@ pub mod tests {
     use crate::args::{Args, Command, Export};
     use serde_json::json;
 
-    /// iSCSI as SPDK v20.07 and v26.05 show it.
+    /// iSCSI as SPDK shows it.
     pub fn some() -> State {
         State {
             nodes: describe("nodes", json!([

@@ -29,7 +29,6 @@ mod mount;
 mod nvmf;
 mod options;
 mod output;
-mod peers;
 mod plan;
 mod pool;
 mod prometheus;

@@ -92,12 +92,6 @@ impl Subsystem {
 }
 
 impl ListenAddress {
-    /// As the kernel knows it, over TCP.
-    pub fn socket_address(&self) -> Option<SocketAddr> {
-        let is_tcp = self.trtype.eq_ignore_ascii_case("tcp");
-        Some(SocketAddr::new(self.traddr.parse().ok()?, self.trsvcid.parse().ok()?)).filter(|_| is_tcp)
-    }
-
     /// "tcp 10.0.0.5:4420"
     pub fn shown(&self) -> String {
         let Self { trtype, traddr, trsvcid, .. } = self;
@@ -144,7 +138,8 @@ pub fn subsystems_if_any(client: &mut Client) -> Result<Option<Vec<Subsystem>>> 
     }
 }
 
-/// The names of the hosts that are connected to a subsystem; `None` where the target does not tell (SPDK v20.07).
+/// The names of the hosts that are connected to a subsystem; `None` where the target does not tell (SPDK v20.07, the last
+/// resort).
 ///
 /// # Errors
 /// Only when the target has gone.
@@ -166,7 +161,7 @@ pub fn connected_hosts(client: &mut Client, nqn: &str) -> Result<Option<Vec<Stri
 pub mod tests {
     use super::*;
 
-    /// Subsystems as SPDK v20.07 and v26.05 show them.
+    /// Subsystems as SPDK shows them, an old release and a new one.
     pub fn some() -> Vec<Subsystem> {
         read(json!([
             {"nqn": "nqn.2014-08.org.nvmexpress.discovery", "subtype": "Discovery", "listen_addresses": [], "allow_any_host": true, "hosts": []},

@@ -1,7 +1,7 @@
 //! vhost controllers, as `vhost_get_controllers` shows them: each is a socket that a virtual machine connects to.
 
 use crate::client::Client;
-use crate::error::{Error, Result};
+use crate::error::{Error, METHOD_NOT_FOUND, Result};
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -135,9 +135,16 @@ fn read(reply: Value) -> Result<Vec<Controller>> {
 /// All controllers of the target.
 ///
 /// # Errors
-/// As [`Client::call`].
+/// As [`Client::call`]; that the target was built without vhost.
 pub fn controllers(client: &mut Client) -> Result<Vec<Controller>> {
-    read(client.call("vhost_get_controllers", Value::Null)?)
+    match client.call("vhost_get_controllers", Value::Null) {
+        Err(Error::Refused { code: METHOD_NOT_FOUND, .. }) => Err(Error::Failed(format!(
+            "the target on {} was built without vhost, as it always is with SPDK v20.07, whose vhost can end the target with a crash. \
+             Give the virtual machine its disk by lloop export nvmf or iscsi, or use SPDK v24.09 or later",
+            client.address()
+        ))),
+        reply => read(reply?),
+    }
 }
 
 /// All controllers, for showing: none where the target has no vhost, `None` where it does not tell.
@@ -158,7 +165,7 @@ pub mod tests {
     use super::*;
     use serde_json::json;
 
-    /// Controllers as SPDK v20.07 and v26.05 show them.
+    /// Controllers as SPDK shows them.
     pub fn some() -> Vec<Controller> {
         read(json!([
             {"ctrlr": "run/lloop/blk.sock", "cpumask": "0x1", "delay_base_us": 0, "iops_threshold": 60000, "socket": "/run/lloop/blk.sock",

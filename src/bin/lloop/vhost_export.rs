@@ -336,6 +336,35 @@ mod tests {
     }
 
     #[test]
+    fn a_target_without_vhost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        // It has a device, and knows no other method.
+        let served = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            while let Ok(request) = Value::deserialize(&mut serde_json::Deserializer::from_reader(&stream)) {
+                let mut reply = match request["method"].as_str() {
+                    Some("bdev_get_bdevs") => json!({"result": [device::tests::bdev("lloop0")]}),
+                    _ => json!({"error": {"code": -32601, "message": "Method not found"}}),
+                };
+                reply["id"] = request["id"].clone();
+                std::io::Write::write_all(&mut &stream, reply.to_string().as_bytes()).unwrap();
+            }
+        });
+        let address = crate::client::Address::Unix(path);
+        let mut client = Client::connect(&address, std::time::Duration::from_secs(5)).unwrap();
+        let socket = dir.path().join("folder/vm");
+        for error in [block(&mut client, "lloop0", &socket, false), scsi(&mut client, "lloop0", &socket)] {
+            let error = error.map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains("without vhost") && error.contains("export nvmf"), "{error}");
+        }
+        assert!(!socket.parent().unwrap().exists(), "nothing is made");
+        drop(client);
+        served.join().unwrap();
+    }
+
+    #[test]
     fn back_again() {
         let all = vhost::tests::some();
         let calls =
