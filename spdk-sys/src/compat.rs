@@ -336,6 +336,9 @@ pub unsafe fn bdev_io_is_fua(io: &spdk_bdev_io) -> bool {
     }
 }
 
+/// Whether an RPC may be answered after its server has ended: the answer is dropped then. v20.07 uses the freed connection.
+pub const ANSWERS_OUTLIVE_THE_SERVER: bool = cfg!(not(spdk_fallback));
+
 /// A log flag that is never set, for an SPDK that mentions it and leaves it out (see `build.rs`).
 #[cfg(spdk_log_reservation)]
 #[unsafe(no_mangle)]

@@ -35,6 +35,11 @@ fn blocking() -> Result<Blocking> {
     REGISTRY.with(|registry| registry.blocking.clone()).ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
 }
 
+/// Whether a device is on its way out.
+pub fn is_detaching() -> bool {
+    with_entries(|entries| entries.values().any(|entry| matches!(entry, Entry::Attached(_)))).unwrap_or(false)
+}
+
 /// Runs `call`, which may block, on another thread; whether that can be done.
 pub fn in_background(call: impl FnOnce() + Send + 'static) -> bool {
     // A reactor other than the application's asks as well: the way to the other threads is shared.
@@ -257,7 +262,7 @@ pub async fn close(name: &str, volume: Option<Volume<Token>>) {
 async fn close_volume(name: &str, volume: Option<Volume<Token>>) {
     let (Some(volume), Some(pool), Ok(blocking)) = (volume, pool(), blocking()) else { return };
     let limit = Duration::from_secs(options::current().detach_timeout_s.into());
-    if let Err(error) | Ok(Err(error)) = blocking.run(move || pool.close(volume, limit)).await {
+    if let Err(error) | Ok(Err(error)) = blocking.run_always(move || pool.close(volume, limit)).await {
         tracing::error!("closing {name}: {error}");
     }
 }

@@ -17,6 +17,7 @@ use crate::spdk::app;
 use crate::spdk::bdev::{self, BdevHandle, FiniDone};
 use crate::spdk::log;
 use crate::spdk::memory::MemoryWatch;
+use crate::spdk::poller;
 use crate::spdk::thread::{self, Owned};
 use channel::{GROUPS, Token};
 use device::Device;
@@ -26,7 +27,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 crate::spdk_module!(
     MODULE: Lloop,
@@ -144,10 +145,17 @@ impl bdev::Module for Lloop {
         })
     }
 
-    /// By now the bdev layer has unregistered every device, and [`bdev::Bdev::closed`] is done for each.
+    /// By now the bdev layer has unregistered every device that was not being detached before.
     fn fini(done: FiniDone) {
-        let Some(registry) = REGISTRY.take() else { return done.report() };
         thread::spawn(async move {
+            // The bdev layer has forgotten those that were being detached already: their files are still being closed.
+            let deadline = Instant::now() + Duration::from_secs(options::current().detach_timeout_s.into());
+            while attach::is_detaching() && Instant::now() < deadline {
+                if poller::sleep(Duration::from_millis(5)).await.is_err() {
+                    break;
+                }
+            }
+            let Some(registry) = REGISTRY.take() else { return done.report() };
             let pool = POOL.lock().unwrap_or_else(PoisonError::into_inner).take();
             drop(BLOCKING.lock().unwrap_or_else(PoisonError::into_inner).take());
             if let Some(pool) = pool {

@@ -4,7 +4,7 @@ use super::thread::run_anywhere_but;
 use crate::error::{Error, Result};
 use futures::channel::oneshot;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 /// The most calls in progress; each is a thread. A hanging server must not eat all of the machine's.
@@ -54,6 +54,19 @@ impl Drop for Returns {
     }
 }
 
+fn take(slot: &Mutex<Option<Job>>) -> Option<Job> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+/// A place among the calls in progress.
+struct Count(Arc<AtomicUsize>);
+
+impl Drop for Count {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Blocking {
     /// Starts the dispatcher. It ends when the last clone is dropped.
     ///
@@ -65,9 +78,13 @@ impl Blocking {
             // What is started from here inherits the affinity.
             run_anywhere_but(&reactor_cpus);
             while let Ok(job) = receiver.recv() {
-                // When there is no thread the job is dropped, and whoever waits for it hears of it.
-                if let Err(error) = std::thread::Builder::new().name("lloop-call".into()).spawn(job) {
-                    tracing::error!("cannot start a thread for a blocking call: {error}");
+                // When there is no thread for it the job runs here: late, but a file is always closed.
+                let slot = Arc::new(Mutex::new(Some(job)));
+                let place = slot.clone();
+                let run = move || take(&place).into_iter().for_each(|job| job());
+                if let Err(error) = std::thread::Builder::new().name("lloop-call".into()).spawn(run) {
+                    tracing::error!("cannot start a thread for a blocking call ({error}); making it on the only one");
+                    take(&slot).into_iter().for_each(|job| job());
                 }
             }
         };
@@ -91,16 +108,26 @@ impl Blocking {
     /// # Errors
     /// EAGAIN when too many calls are stuck already, or the system has no thread; EFAULT when `call` panicked.
     pub async fn run<R: Send + 'static>(&self, call: impl FnOnce() -> R + Send + 'static) -> Result<R> {
-        struct Count(Arc<AtomicUsize>);
-        impl Drop for Count {
-            fn drop(&mut self) {
-                self.0.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
         let count = Count(self.in_progress.clone());
         if count.0.fetch_add(1, Ordering::Relaxed) >= MAX_CALLS {
             return Err(Error::new(libc::EAGAIN, "too many file operations are stuck; is a server down?"));
         }
+        self.run_counted(Some(count), call).await
+    }
+
+    /// As [`Blocking::run`], but never refused for want of a place: for what gives something back.
+    ///
+    /// # Errors
+    /// EAGAIN when the system has no thread; EFAULT when `call` panicked.
+    pub async fn run_always<R: Send + 'static>(&self, call: impl FnOnce() -> R + Send + 'static) -> Result<R> {
+        self.run_counted(None, call).await
+    }
+
+    async fn run_counted<R: Send + 'static>(
+        &self,
+        count: Option<Count>,
+        call: impl FnOnce() -> R + Send + 'static,
+    ) -> Result<R> {
         let (sender, receiver) = oneshot::channel();
         let job = move || {
             let result = call();

@@ -7,6 +7,7 @@ use spdk_sys::compat;
 use std::ffi::{CString, c_char, c_void};
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What `lloop_tgt`'s command line says; SPDK's default where there is nothing.
 #[derive(Debug, Clone, Default)]
@@ -206,8 +207,17 @@ pub fn run(options: &AppOptions, started: impl FnOnce() + 'static) -> Result<i32
 
 static ON_END: OnceLock<fn()> = OnceLock::new();
 
+/// The application was told to end.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Whether the RPC server may be gone, and requests must not be answered any more.
+pub(super) fn answers_are_over() -> bool {
+    !compat::ANSWERS_OUTLIVE_THE_SERVER && ENDING.load(Ordering::Relaxed)
+}
+
 /// SPDK calls this on its application thread after SIGINT and SIGTERM, in the place of stopping by itself.
 extern "C" fn end() {
+    ENDING.store(true, Ordering::Relaxed);
     if let Some(on_end) = ON_END.get() {
         super::guard("ending", on_end);
     }

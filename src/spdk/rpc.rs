@@ -1,6 +1,6 @@
 //! JSON-RPC methods as typed async functions.
 
-use super::{json, panic_text, thread};
+use super::{app, json, panic_text, thread};
 use crate::error::Error;
 use async_trait::async_trait;
 use futures::FutureExt;
@@ -44,6 +44,9 @@ struct Pending(*mut sys::spdk_jsonrpc_request);
 
 impl Pending {
     fn reply(self, value: &Value) {
+        if app::answers_are_over() {
+            return;
+        }
         // SAFETY: the request is live until it is answered, which happens here, once; a null writer means that the client
         // wants no answer.
         unsafe {
@@ -56,6 +59,9 @@ impl Pending {
     }
 
     fn refuse(self, code: i32, message: &str) {
+        if app::answers_are_over() {
+            return;
+        }
         let message = CString::new(message.replace('\0', " ")).unwrap_or_default();
         // SAFETY: as in `reply`; the message is copied.
         unsafe { sys::spdk_jsonrpc_send_error_response(self.0, code, message.as_ptr()) };

@@ -82,7 +82,7 @@ fn the_uuid_is_the_files_own() {
 fn a_saved_configuration_brings_everything_back() {
     let mut target = Target::start();
     let (a, b) = (target.image("a.img", 4 * MIB), target.image("b.img", 4 * MIB));
-    target.ok("bdev_lloop_set_options", json!({"max_lloop": 7, "lane_limit": 9, "sqpoll": false}));
+    target.ok("bdev_lloop_set_options", json!({"max_lloop": 7, "lane_limit": 9, "sqpoll_cpus": [0], "sqpoll": true}));
     target.attach(&a, json!({"name": "first", "block_size": 512, "offset": 4096, "size_limit": MIB, "discard": false}));
     target.attach(&b, json!({"read_only": true, "lock": "off", "uuid": "0d0d0d0d-1111-4222-8333-444444444444"}));
     target.ok("bdev_lloop_resize", json!({"name": "first", "size": 2 * MIB}));

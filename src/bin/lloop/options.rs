@@ -24,12 +24,19 @@ pub fn parse(text: &str) -> Result<Setting, String> {
         _ => return Err("say KEY=VALUE, like workers=32 or max_merge_bytes=4M".to_owned()),
     };
     let value = match (size::parse(value), value) {
+        _ if key.ends_with("_cpus") => cpus(value)?,
         (Ok(number), _) => number.into(),
         (_, "true") => true.into(),
         (_, "false") => false.into(),
         (_, word) => word.into(),
     };
     Ok(Setting { key: key.to_owned(), value })
+}
+
+/// A list of processors: `2,3`, or `none`.
+fn cpus(text: &str) -> Result<Value, String> {
+    let numbers = text.split(',').filter(|_| text != "none").map(str::parse::<u32>).collect::<Result<Vec<_>, _>>();
+    numbers.map(Value::from).map_err(|_| format!("{text} is no list of processors: say 2,3 or none"))
 }
 
 /// Changes options, if any are given, all at once; and shows all.
@@ -60,7 +67,11 @@ mod tests {
             [value("a=4M"), value("a=true"), value("a=auto"), value("a=b=c")],
             ["4194304", "true", "\"auto\"", "\"b=c\""]
         );
-        for text in ["workers", "=3", "workers=", ""] {
+        assert_eq!(
+            [value("sqpoll_cpus=2"), value("sqpoll_cpus=0,3"), value("sqpoll_cpus=none")],
+            ["[2]", "[0,3]", "[]"]
+        );
+        for text in ["workers", "=3", "workers=", "", "sqpoll_cpus=a"] {
             assert!(parse(text).is_err(), "{text}");
         }
     }
