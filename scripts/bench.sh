@@ -5,10 +5,10 @@
 #   --quick       one round of fewer cases and rivals (some 3 minutes) instead of three rounds (some 15)
 #   --only GROUP  only these cases: unwritten, written, sequential, slow, many or gaps
 #   --out DIR     where the results go (default bench-results; with --quick or --only bench-results/quick)
-#   --docs        only write the tables of docs/performance.md anew, as a whole run does: from bench-results/results-*.json
+#   --docs        only write the tables of docs/performance.md anew, as a whole run does: from bench-results/results.json
 #
 # Nothing else should run meanwhile. Needs root, 2 processors, some 5 GiB of disk below the build folder, and /dev/fuse.
-# SPDK_DIR chooses SPDK, as for every script; the results are named by its version.
+# SPDK_DIR chooses SPDK, as for every script. A whole run takes the place of the one in bench-results: give --out to keep that one.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cd "$LLOOP_ROOT"

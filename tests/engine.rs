@@ -4,7 +4,7 @@
 mod common;
 
 use common::slow::SlowFile;
-use lloop::engine::{Answer, Help, LaneMap, Op, Pool, PoolOptions, Port, Request, Target, Uring, UringOptions, Volume};
+use lloop::engine::{Answer, LaneMap, Op, Pool, PoolOptions, Port, Request, Target, Uring, UringOptions, Volume};
 use lloop::os::file::{DirectFile, OpenOptions};
 use lloop::os::iov::{IoVecs, LeakedBuffers};
 use lloop::os::queue::{List, Placed};
@@ -33,12 +33,12 @@ fn threads(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool
 }
 
 fn uring(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool) -> Rig {
-    Rig::new(len_bytes, block_bytes, align_bytes, read_only).with_ring(Help::Off)
+    Rig::new(len_bytes, block_bytes, align_bytes, read_only).with_ring(Vec::new())
 }
 
 /// Half of what suits the ring goes to the kernel's own thread.
 fn polled(len_bytes: u64, block_bytes: u32, align_bytes: usize, read_only: bool) -> Rig {
-    Rig::new(len_bytes, block_bytes, align_bytes, read_only).with_ring(Help::Half)
+    Rig::new(len_bytes, block_bytes, align_bytes, read_only).with_ring(vec![0])
 }
 
 /// The same tests on every engine.
@@ -67,6 +67,11 @@ on_every_engine!(
     a_thousand_flushes_and_writes_at_once,
 );
 
+fn can_punch(rig: &Rig) -> bool {
+    let target = rig.volume.as_ref().unwrap().target();
+    target.file().can_punch(target.guard().unlocked().unwrap())
+}
+
 /// A directory for test files: beside the build, because /tmp may be a tmpfs, which has no direct I/O.
 fn directory() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
@@ -93,9 +98,10 @@ impl Rig {
     }
 
     /// Sends what suits it through a ring, as a channel does.
-    fn with_ring(mut self, help: Help) -> Self {
-        let mut ring = Uring::new(&UringOptions { one_thread: true, reactor_cpus: Vec::new(), help }, None).unwrap();
-        assert_eq!(ring.features().1.is_some(), help != Help::Off, "the kernel has polled rings");
+    fn with_ring(mut self, sqpoll_cpus: Vec<u32>) -> Self {
+        let polls = !sqpoll_cpus.is_empty();
+        let mut ring = Uring::new(&UringOptions { reactor_cpus: Vec::new(), sqpoll_cpus }, None).unwrap();
+        assert_eq!(ring.features().1.is_some(), polls, "the kernel has polled rings");
         let slot = ring.add_file(self.volume.as_ref().unwrap().target().file().as_fd()).unwrap();
         self.uring = Some((ring, slot));
         self
@@ -103,9 +109,10 @@ impl Rig {
 
     fn stage(&mut self, op: Op, offset: u64, len: u64, iovs: IoVecs, token: u64) {
         let volume = self.volume.as_ref().unwrap();
-        let request = Placed::on_heap(Request::new(op, volume, offset, len, iovs, token));
+        let mut request = Placed::on_heap(Request::new(op, volume, offset, len, iovs, token));
+        let alone = request.claim();
         match &mut self.uring {
-            Some((ring, slot)) if request.suits_a_ring() => ring.submit(request, *slot),
+            Some((ring, slot)) if alone && request.suits_a_ring() => ring.submit(request, *slot),
             _ => self.port.as_mut().unwrap().stage(request),
         }
     }
@@ -127,7 +134,7 @@ impl Rig {
             }
             port.ring();
             while let Some(request) = list.pop_front() {
-                answers.push(Request::answer(request));
+                answers.push(port.answer(request));
             }
         }
         answers
@@ -194,7 +201,7 @@ fn a_write_through_a_read_only_descriptor_fails(rig: Make) {
     let buffer = LeakedBuffers::new(&[4096], 0, 1);
     assert_eq!(rig.one(Op::Write, 0, 4096, buffer.iovs()), Err(libc::EBADF));
     assert_eq!(rig.one(Op::Read, 0, 4096, buffer.iovs()), Ok(()));
-    assert!(!rig.volume.as_ref().unwrap().target().file().can_punch());
+    assert!(!can_punch(&rig));
 }
 
 fn a_full_filesystem_is_reported_as_such(rig: Make) {
@@ -237,7 +244,7 @@ fn neighbours_in(mut rig: Rig, shift: fn(usize) -> usize) {
 
 fn zeroes_and_holes(rig: Make) {
     let mut rig = rig(1 << 20, 4096, 512, false);
-    assert!(rig.volume.as_ref().unwrap().target().file().can_punch());
+    assert!(can_punch(&rig));
     let ones = LeakedBuffers::new(&[1 << 20], 0, 0xff);
     assert_eq!(rig.one(Op::Write, 0, 1 << 20, ones.iovs()), Ok(()));
     assert_eq!(rig.one(Op::Flush, 0, 1 << 20, IoVecs::EMPTY), Ok(()));
@@ -295,11 +302,14 @@ fn two_threads_share_a_lane() {
         let mut port = Port::new(&pool, None);
         let buffer = LeakedBuffers::new(&[4096], 0, 2);
         for i in 0..500 {
-            port.stage(Placed::on_heap(Request::new(Op::Write, &volume, (1024 + i) * 4096, 4096, buffer.iovs(), i)));
+            let mut request =
+                Placed::on_heap(Request::new(Op::Write, &volume, (1024 + i) * 4096, 4096, buffer.iovs(), i));
+            request.claim();
+            port.stage(request);
             port.ring();
             while port.in_flight() > 0 {
                 while let Some(request) = port.reap().pop_front() {
-                    assert_eq!(Request::answer(request).result, Ok(()));
+                    assert_eq!(port.answer(request).result, Ok(()));
                 }
             }
         }

@@ -5,11 +5,13 @@
  * FUSE carries an ioctl's argument only as a pointer to as many bytes as its number says. Lustre's numbers say something
  * else: the FID's has 8 for the 16 that it writes, a group lock's argument is the group itself, the striping's is of any
  * size. These are translated to numbers of our own. And statfs of a slowfs says "Lustre", and so do the lists of mounts.
+ * /proc/fs/lustre is a folder of the test's.
  *
  * fsync becomes an ioctl, too: with FUSE it has the file for itself, and would wait for a write that hangs and be waited for
  * by all others. What stays different from Lustre: ftruncate does so.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -168,6 +170,27 @@ statfs64(const char *path, struct statfs64 *stat)
 }
 
 /*
+ * A second mount of a Lustre has options of its own; one of a slowfs (mount --bind) has not. So a mount point whose name ends
+ * with -localflock has that option here. The mount point is the fifth word of a line of mountinfo.
+ */
+static const char *
+option_of_mount(const char *line, const char *option)
+{
+	static const char suffix[] = "-localflock";
+	char point[4096] = "";
+	size_t length;
+
+	if (sscanf(line, "%*s %*s %*s %*s %4095s", point) != 1) {
+		return option;
+	}
+	length = strlen(point);
+	if (length < strlen(suffix) || strcmp(point + length - strlen(suffix), suffix) != 0) {
+		return option;
+	}
+	return "localflock ";
+}
+
+/*
  * Prints a line of a list of mounts as Lustre's. slowfs calls its source "slowfs:OPTION"; in mountinfo the filesystem's type
  * stands before the source, in mounts the mount point stands between the two.
  */
@@ -185,6 +208,8 @@ print_mount(FILE *out, const char *line)
 	option = source + strlen("slowfs:");
 	length = strcspn(option, " ");
 	if (type != NULL) {
+		option = option_of_mount(line, option);
+		length = strcspn(option, " ");
 		fprintf(out, "%.*s - lustre 127.0.0.1@tcp:/standin rw,%.*s,checksum,lazystatfs\n", (int)(type - line), line,
 			length, option);
 	} else if (source == line && (rest = strstr(line, " fuse ")) != NULL) {
@@ -233,9 +258,36 @@ open_mounts(const char *path)
 	return to;
 }
 
+/*
+ * What a Lustre client shows of itself below /proc/fs/lustre is in the folder $STANDIN_PROC, if that is set. The answer is valid
+ * until the next call in the same thread.
+ */
+static const char *
+in_proc(const char *path)
+{
+	static const char prefix[] = "/proc/fs/lustre";
+	static __thread char other[4096];
+	const char *folder = getenv("STANDIN_PROC");
+
+	if (folder == NULL || strncmp(path, prefix, strlen(prefix)) != 0) {
+		return path;
+	}
+	snprintf(other, sizeof(other), "%s%s", folder, path + strlen(prefix));
+	return other;
+}
+
+DIR *
+opendir(const char *path)
+{
+	int fd = syscall(SYS_openat, AT_FDCWD, in_proc(path), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
+
+	return fd < 0 ? NULL : fdopendir(fd);
+}
+
 static int
 open_any(int dir, const char *path, int flags, mode_t mode)
 {
+	path = in_proc(path);
 	if ((flags & O_ACCMODE) == O_RDONLY && is_list_of_mounts(path)) {
 		return open_mounts(path);
 	}

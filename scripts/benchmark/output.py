@@ -6,7 +6,8 @@ import re
 import sys
 
 DOCS = os.path.join("docs", "performance.md")
-VERSIONS = ("20.07", "26.05")
+# The newest whole run, without a version in the name: the next one takes its place. The version of SPDK is in the JSON.
+NAME = "results"
 GROUPS = {"unwritten": "4 KiB random, unwritten extents", "written": "4 KiB random, written data", "sequential": "sequential, written data",
           "slow": "slow file", "many": "16 bdevs", "gaps": "longest gap between polls of the reactor"}
 
@@ -70,7 +71,7 @@ def headline(report):
 
 def write(report, out):
     os.makedirs(out, exist_ok=True)
-    base = os.path.join(out, "results-" + report["spdk"])
+    base = os.path.join(out, NAME)
 
     def plain(value):
         if isinstance(value, float):
@@ -98,15 +99,13 @@ def save(figure, base, title, report):
     figure.suptitle(title, fontsize=13, x=0.01, ha="left", weight="bold")
     figure.text(0.01, 0.004, headline(report), fontsize=7, color="#555555")
     figure.tight_layout(rect=(0, 0.012, 1, 0.99))
-    for ending in ("svg", "png"):
-        figure.savefig(base + "." + ending, dpi=110, bbox_inches="tight", metadata={"Date": None} if ending == "svg" else None)
-    return [base + ".svg", base + ".png"]
+    figure.savefig(base + ".png", dpi=110, bbox_inches="tight")
+    return [base + ".png"]
 
 
 def pyplot():
     import matplotlib
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "lloop"
     import matplotlib.pyplot
     return matplotlib.pyplot
 
@@ -229,20 +228,13 @@ def cases_in_words(report, group):
 
 
 def write_docs():
-    """Writes what is between the markers of docs/performance.md anew, from the JSON of the last runs."""
-    reports = {}
-    for version in VERSIONS:
-        path = os.path.join("bench-results", "results-%s.json" % version)
-        if os.path.exists(path):
-            with open(path) as file:
-                reports[version] = json.load(file)
+    """Writes what is between the markers of docs/performance.md anew, from the JSON of the newest whole run."""
+    with open(os.path.join("bench-results", NAME + ".json")) as file:
+        report = json.load(file)
 
     def fill(match):
-        version, what = match.group(2), match.group(3)
-        report = reports.get(version)
-        if report is None:
-            text = "No run with SPDK v%s is in bench-results." % version
-        elif what == "machine":
+        what = match.group(2)
+        if what == "machine":
             text = "%s; %s, load %s before it began, %d s." % (headline(report), report["date"], report["machine"]["load_before"], report["took_s"])
         elif what == "bars":
             text = bars_in_words(report)
@@ -250,11 +242,11 @@ def write_docs():
             text = cases_in_words(report, what)
         else:
             sys.exit("%s: nothing is known as %r; there are machine, bars, %s" % (DOCS, what, ", ".join(GROUPS)))
-        return "%s\n%s\n%s" % (match.group(1), text, match.group(4))
+        return "%s\n%s\n%s" % (match.group(1), text, match.group(3))
 
     with open(DOCS) as file:
         text = file.read()
-    new = re.sub(r"(<!-- bench ([\d.]+) ([a-z]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.S)
+    new = re.sub(r"(<!-- bench ([a-z]+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.S)
     with open(DOCS, "w") as file:
         file.write(new)
     print("written: " + DOCS)

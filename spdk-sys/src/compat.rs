@@ -298,9 +298,6 @@ pub unsafe fn io_channel_ctx(channel: *mut spdk_io_channel) -> *mut core::ffi::c
 /// (iSCSI), are too small for what it lets them read (64 KiB and 512 bytes in v20.07).
 pub const MAX_BUFFER_ALIGN_BYTES: u32 = if cfg!(spdk_fallback) { 512 } else { 4096 };
 
-/// Whether SPDK threads can move from one system thread to another (by a scheduler other than the static one).
-pub const THREADS_MOVE: bool = cfg!(not(spdk_fallback));
-
 /// The arguments of `spdk_log_cb` after the format, as vsnprintf takes them.
 #[cfg(target_arch = "x86_64")]
 pub type VaList = *mut __va_list_tag;

@@ -4,7 +4,8 @@
 //! headers of the tree that was found at build time ([`SPDK_DIR`]), with bindgen's layout tests on.
 
 #[allow(non_camel_case_types, non_snake_case, non_upper_case_globals, dead_code)]
-#[allow(missing_docs, rustdoc::all, clippy::all, unsafe_op_in_unsafe_fn, unnecessary_transmutes)]
+#[allow(missing_docs, rustdoc::all, clippy::all, clippy::undocumented_unsafe_blocks)]
+#[allow(unsafe_op_in_unsafe_fn, unnecessary_transmutes)]
 mod bindings {
     include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
 }

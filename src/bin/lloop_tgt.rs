@@ -38,7 +38,7 @@ What lloop says, in the words of Rust's tracing: \fIwarn\fR, \fIlloop=debug\fR.
 #[derive(Parser, Debug)]
 #[command(name = "lloop_tgt", disable_version_flag = true)]
 struct Args {
-    /// Cores to run reactors on: a mask (0x3) or a list ([0,1])
+    /// Cores to run reactors on: a mask (0x3) or a list (`[0,1]`)
     #[arg(short = 'm', long, value_name = "MASK", default_value = "0x1")]
     cpumask: String,
     /// Core of the application's thread
@@ -93,7 +93,7 @@ struct Args {
     /// Remove the hugepage files once they are mapped
     #[arg(short = 'R', long)]
     huge_unlink: bool,
-    /// Run without hugepages (SPDK with --no-huge)
+    /// Run without hugepages
     #[arg(long)]
     no_huge: bool,
     /// One hugepage file a memory segment
@@ -108,7 +108,7 @@ struct Args {
     /// First virtual address of hugepage memory
     #[arg(long, value_name = "ADDRESS", value_parser = parse_number)]
     base_virtaddr: Option<u64>,
-    /// Share the cores with other SPDK processes (SPDK v22.05 and later refuse that otherwise)
+    /// Share the cores with other SPDK processes, which SPDK refuses otherwise
     #[arg(long)]
     disable_cpumask_locks: bool,
     /// Mapping of reactors to processors, in DPDK's words (0@0,1@1)
@@ -120,10 +120,10 @@ struct Args {
     /// Trace groups to enable
     #[arg(short = 'e', long, value_name = "MASK")]
     tpoint_group_mask: Option<String>,
-    /// Trace entries to keep for each core (32768 with -e, else 0: no tracing, which saves some 200 MB of memory)
+    /// Trace entries to keep for each core (32768 with -e, else 0: no tracing)
     #[arg(long, value_name = "N")]
     num_trace_entries: Option<u64>,
-    /// Let idle reactors sleep (SPDK with interrupt mode; without iSCSI, which can only poll)
+    /// Let idle reactors sleep. Serves no iSCSI, which can only poll
     #[arg(long)]
     interrupt_mode: bool,
     /// Debug log of a component of SPDK

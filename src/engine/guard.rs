@@ -1,18 +1,18 @@
 //! What keeps others from a file: locks, taken when it is attached, watched, and taken again when they are lost.
 //!
-//! On Lustre there are two, which fail independently of each other (facts/lustre.md, measured): the advisory lock (open-file
+//! On Lustre there are two, which fail independently of each other (docs/internals/lustre.md): the advisory lock (open-file
 //! description lock) at the metadata server, which an eviction drops silently, and the group lock at the storage servers, which
-//! shuts every stranger out and after an eviction fails each I/O with ENOLCK. While one of them is held without a gap nobody else
+//! shuts every stranger out and after an eviction fails each I/O with ENOLCK, object by object. While one of them is held without a gap nobody else
 //! can have come in, and the other is taken again without asking anybody. Where that is not so the volume is fenced until an
 //! operator decides.
 
 use crate::error::{Error, Result, reason};
-use crate::os::file::DirectFile;
-use crate::os::lock::{self, Outcome, Standing as LockStanding};
+use crate::os::file::{DirectFile, Unlocked};
+use crate::os::lock::{self, Marker, Outcome};
 use crate::os::lustre::group;
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,31 +40,22 @@ pub enum Sharing {
     Shared,
 }
 
-/// How a guard stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Standing {
-    /// All is held that was taken.
-    Held,
-    /// A lock was lost and is being taken again; the queue is held.
-    Recovering,
-    /// A lock was lost, and somebody else may have been in: every I/O fails.
-    Fenced,
-}
-
 /// The locks of a volume.
 #[derive(Debug)]
 pub struct Guard {
     options: GuardOptions,
     /// What came of the advisory lock.
     advisory: Option<Outcome>,
+    /// What tells our advisory lock from anybody else's.
+    marker: Marker,
     /// Another open file of the same, to ask the server through.
     watch: Mutex<Option<OwnedFd>>,
-    standing: AtomicU8,
     /// How often a lock was lost and taken again.
     recoveries: AtomicU64,
     /// The file's data version when it was fenced, to tell whether somebody has written since.
     version_at_fence: AtomicU64,
+    /// The same when the lock of a reader was taken; 0 where the filesystem does not say.
+    version_at_start: AtomicU64,
 }
 
 /// How long between two tries to get a lock back.
@@ -76,10 +67,11 @@ impl Guard {
         Guard {
             options: GuardOptions::default(),
             advisory: None,
+            marker: Marker::new(),
             watch: Mutex::new(None),
-            standing: AtomicU8::new(Standing::Held as u8),
             recoveries: AtomicU64::new(0),
             version_at_fence: AtomicU64::new(0),
+            version_at_start: AtomicU64::new(0),
         }
     }
 
@@ -89,6 +81,7 @@ impl Guard {
     /// EBUSY when somebody holds a lock that excludes it; the system's errno.
     pub fn take_advisory(file: &DirectFile, options: GuardOptions) -> Result<Self> {
         let shown = file.path().display();
+        let marker = Marker::new();
         let advisory = match options.advisory {
             None => None,
             Some(sharing) => Some(
@@ -96,6 +89,9 @@ impl Guard {
                     .map_err(|e| Error::os(e, format!("locking {shown}")))?,
             ),
         };
+        if advisory == Some(Outcome::Held) {
+            marker.set(file.as_fd(), !file.read_only()).map_err(|e| Error::os(e, format!("locking {shown}")))?;
+        }
         if advisory == Some(Outcome::Conflict) {
             let who = if file.read_only() { "a writer" } else { "another process or node" };
             return Err(Error::new(
@@ -107,7 +103,16 @@ impl Guard {
         let watched = advisory == Some(Outcome::Held) && file.identity().fid.is_some() && !options.this_node_only;
         let watch =
             watched.then(|| file.duplicate()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
-        Ok(Guard { options, advisory, watch: Mutex::new(watch), ..Guard::none() })
+        let version =
+            if watch.is_some() && file.read_only() { group::data_version(file.as_fd()).unwrap_or(0) } else { 0 };
+        Ok(Guard {
+            options,
+            advisory,
+            marker,
+            watch: Mutex::new(watch),
+            version_at_start: AtomicU64::new(version),
+            ..Guard::none()
+        })
     }
 
     /// Takes the group lock, if one is wanted. Needs every storage server of the file; blocks as long as they do.
@@ -171,15 +176,22 @@ impl Guard {
 
     /// Whether a server may lose a lock of this guard without anybody noticing.
     pub fn wants_watching(&self) -> bool {
-        self.watch().is_some() && self.standing() == Standing::Held
+        self.watch().is_some()
     }
 
-    /// How it stands.
-    pub fn standing(&self) -> Standing {
-        match self.standing.load(Ordering::Acquire) {
-            0 => Standing::Held,
-            1 => Standing::Recovering,
-            _ => Standing::Fenced,
+    /// That fallocate may be called on the file: not under a group lock.
+    pub fn unlocked(&self) -> Option<Unlocked<'_>> {
+        (!self.holds_group()).then(Unlocked::known_by_guard)
+    }
+
+    /// Gives all locks back: the file is about to be closed. Blocks.
+    pub fn give_back(&self, file: &DirectFile) {
+        if let Some(gid) = self.options.group {
+            // One that was lost is no harm here.
+            let _ = group::group_unlock(file.as_fd(), gid);
+        }
+        if self.advisory == Some(Outcome::Held) {
+            lock::unlock(file.as_fd());
         }
     }
 
@@ -188,51 +200,51 @@ impl Guard {
         self.recoveries.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_standing(&self, standing: Standing) {
-        self.standing.store(standing as u8, Ordering::Release);
-    }
-
     /// Whether the advisory lock is still held, without a gap. Asks the server. Blocks.
+    ///
+    /// "Somebody has a lock on the file" would not do: that may be a stranger who came after an eviction and is about to go. What is
+    /// asked for is our marker, which is lost with the lock and never taken again but by us.
     ///
     /// # Errors
     /// The errno of a server that cannot be asked now.
-    pub fn advisory_is_held(&self, file: &DirectFile) -> Result<bool, i32> {
+    pub fn advisory_is_held(&self) -> Result<bool, i32> {
         let Some(watch) = &*self.watch() else { return Ok(self.advisory == Some(Outcome::Held)) };
         // The first answer after an eviction is EIO, the second tells.
-        let mut answer = lock::standing(watch.as_fd());
+        let mut answer = self.marker.is_set(watch.as_fd());
         for _ in 0..3 {
             if !matches!(answer, Err(libc::EIO | libc::ESHUTDOWN)) {
                 break;
             }
             std::thread::sleep(PAUSE / 2);
-            answer = lock::standing(watch.as_fd());
+            answer = self.marker.is_set(watch.as_fd());
         }
-        if answer? == LockStanding::Free {
-            return Ok(false);
-        }
-        // Somebody has it. It is us if it can be had again: nobody else's would let us.
-        self.retake_advisory(file)
+        answer
     }
 
     fn retake_advisory(&self, file: &DirectFile) -> Result<bool, i32> {
         let exclusive = self.options.advisory == Some(Sharing::Exclusive);
-        Ok(lock::try_lock(file.as_fd(), exclusive)? == Outcome::Held)
+        if lock::try_lock(file.as_fd(), exclusive)? != Outcome::Held {
+            return Ok(false);
+        }
+        self.marker.set(file.as_fd(), !file.read_only())?;
+        Ok(true)
     }
 
-    /// Whether the group lock is still there: a direct read says ENOLCK where it is not. Blocks.
-    fn group_is_held(&self, file: &DirectFile) -> bool {
-        if self.options.group.is_none() {
-            return false;
-        }
-        for _ in 0..5 {
-            match file.trial_read() {
-                Ok(()) => return true,
-                // The first answer after an eviction says nothing yet of the lock.
-                Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM) => std::thread::sleep(PAUSE / 2),
-                Err(_) => return false,
+    /// Whether the group lock is still there, on every object of the file (`objects`: an offset in each): a direct read says ENOLCK
+    /// where it is not. An object that does not answer counts as lost. Blocks.
+    fn group_is_held(&self, file: &DirectFile, objects: &[u64]) -> bool {
+        let is_held = |offset_bytes: u64| {
+            for _ in 0..5 {
+                match file.trial_read(offset_bytes) {
+                    Ok(()) => return true,
+                    // The first answer after an eviction says nothing yet of the lock.
+                    Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM) => std::thread::sleep(PAUSE / 2),
+                    Err(_) => return false,
+                }
             }
-        }
-        false
+            false
+        };
+        self.options.group.is_some() && !objects.is_empty() && objects.iter().all(|&offset_bytes| is_held(offset_bytes))
     }
 
     /// Takes the group lock again after a call has said ENOLCK. No I/O is in flight, and none starts. Blocks.
@@ -240,23 +252,18 @@ impl Guard {
     /// # Errors
     /// Why the volume has to be fenced, for people.
     pub(super) fn regain_group(&self, file: &DirectFile) -> Result<(), String> {
-        self.set_standing(Standing::Recovering);
-        self.relock_vouched(file)
-    }
-
-    fn relock_vouched(&self, file: &DirectFile) -> Result<(), String> {
-        self.vouch(file)?;
+        self.vouch()?;
         self.relock_group(file, true)?;
         // Once more: that can have taken as long as a server was down.
-        self.vouch(file)
+        self.vouch()
     }
 
     /// Whether the advisory lock has kept others out until now.
-    fn vouch(&self, file: &DirectFile) -> Result<(), String> {
+    fn vouch(&self) -> Result<(), String> {
         if !self.advisory_covers() {
             return Err("there is no advisory lock that would have kept others out meanwhile".into());
         }
-        match self.advisory_is_held(file) {
+        match self.advisory_is_held() {
             Ok(true) => Ok(()),
             Ok(false) => Err("the advisory lock is lost as well".into()),
             Err(errno) => Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
@@ -267,41 +274,55 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub(super) fn regain_advisory(&self, file: &DirectFile) -> Result<(), String> {
-        self.set_standing(Standing::Recovering);
+    pub(super) fn regain_advisory(&self, file: &DirectFile, objects: &[u64]) -> Result<(), String> {
         match self.retake_advisory(file) {
+            Ok(true) if file.read_only() && self.is_unwritten(file) => Ok(()),
             // Asked last: a group lock that is lost does not come back by itself.
-            Ok(true) if self.group_is_held(file) => Ok(()),
-            Ok(true) => Err("no group lock was held that would have kept others out meanwhile".into()),
+            Ok(true) if self.group_is_held(file, objects) => Ok(()),
+            Ok(true) => {
+                Err("no group lock was held, on every object of the file, that would have kept others out meanwhile"
+                    .into())
+            }
             Ok(false) => Err("somebody else has taken it".into()),
             Err(errno) => Err(format!("it cannot be taken again: {}", reason(errno))),
         }
     }
 
+    /// Whether nobody has written to the file since a reader's lock was taken, as far as the servers know. Blocks.
+    fn is_unwritten(&self, file: &DirectFile) -> bool {
+        let was = self.version_at_start.load(Ordering::Relaxed);
+        was != 0 && group::data_version(file.as_fd()) == Ok(was)
+    }
+
     /// Lets go of the group lock for a moment, for what waits for ever under it. No I/O is in flight, and none starts. The advisory
-    /// lock stays. Blocks.
+    /// lock stays. `objects` as for [`crate::engine::Target::object_offsets`]. Blocks.
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people; `work` may have been done.
-    pub fn without_group(&self, file: &DirectFile, work: impl FnOnce()) -> Result<(), String> {
+    pub fn without_group(
+        &self,
+        file: &DirectFile,
+        objects: &[u64],
+        work: impl FnOnce(Unlocked<'_>),
+    ) -> Result<(), String> {
         let Some(gid) = self.options.group else {
-            work();
+            work(Unlocked::known_by_guard());
             return Ok(());
         };
         // Giving a lost lock back succeeds as well: whether it was lost, and others may have been in, has to be known before.
-        if !self.group_is_held(file) {
-            self.relock_vouched(file)?;
-        } else if self.vouch(file).is_err() {
+        if !self.group_is_held(file, objects) {
+            self.regain_group(file)?;
+        } else if self.vouch().is_err() {
             // An eviction that nobody has noticed yet: the group lock has kept others out.
-            self.regain_advisory(file)?;
+            self.regain_advisory(file, objects)?;
             self.recovered(file);
-            self.vouch(file)?;
+            self.vouch()?;
         }
         group::group_unlock(file.as_fd(), gid)
             .map_err(|errno| format!("the group lock cannot be given back: {}", reason(errno)))?;
-        work();
+        work(Unlocked::known_by_guard());
         self.relock_group(file, false)?;
-        self.vouch(file)
+        self.vouch()
     }
 
     /// Opens the file anew in the place of a stale descriptor, without a moment in which nobody keeps others out: a member of the group
@@ -311,9 +332,8 @@ impl Guard {
     /// # Errors
     /// Why the volume has to be fenced, for people.
     pub(super) fn reopen(&self, file: &DirectFile) -> Result<(), String> {
-        self.set_standing(Standing::Recovering);
         // (Where the old descriptor cannot even be asked, the group lock has to do.)
-        if self.advisory_covers() && self.advisory_is_held(file) == Ok(false) {
+        if self.advisory_covers() && self.advisory_is_held() == Ok(false) {
             return Err("the advisory lock is lost as well".into());
         }
         let new = file.open_again().map_err(|e| e.message)?;
@@ -382,7 +402,6 @@ impl Guard {
     /// Notes that all is well again; whether the file was written to while it was fenced, where that can be told.
     pub(super) fn recovered(&self, file: &DirectFile) -> Option<bool> {
         let was = self.version_at_fence.swap(0, Ordering::Relaxed);
-        self.set_standing(Standing::Held);
         self.recoveries.fetch_add(1, Ordering::Relaxed);
         (was != 0).then(|| group::data_version(file.as_fd()).is_ok_and(|now| now != was))
     }

@@ -4,14 +4,15 @@
 //! The keeper itself never makes a call that can block. Each volume that needs one gets a thread for it, one at a time: a server that
 //! hangs holds nobody but the volumes on it.
 
-use super::guard::Standing;
 use super::request::{Op, Request};
 use super::sched::Trouble;
+use super::state::{Event, VolumeState};
 use super::target::Target;
 use super::threads::Shared;
 use super::worker::answer;
 use crate::error::{Error, Result, reason};
 use crate::os::clock::{self, Ticks};
+use crate::os::file::Unlocked;
 use crate::os::queue::List;
 use crate::os::thread;
 use std::collections::{HashMap, HashSet};
@@ -112,7 +113,7 @@ impl<T: Send + 'static> Shared<T> {
             }
             let ready = sched.has_ready();
             drop(sched);
-            // (Locks are taken one at a time. This thread alone sends anybody, beside operators, and those hold none.)
+            // Never hold two locks here: only this thread and `resume` start jobs.
             let at_work = self.care().at_work.clone();
             let mut sched = self.sched();
             let troubles = sched.take_troubles(&at_work);
@@ -170,7 +171,7 @@ impl<T: Send + 'static> Shared<T> {
         let (shared, target) = (self.clone(), target.clone());
         let run = move || {
             let _done = Done(&shared, id, looks);
-            // (It goes before.)
+            // Rebind so that `target` drops before `_done`: the volume must hold no file reference when it is marked idle.
             let target = target;
             match errand {
                 Errand::Trouble(trouble) => shared.mend(id, &target, trouble),
@@ -188,15 +189,15 @@ impl<T: Send + 'static> Shared<T> {
     }
 
     /// Starts nothing new on a volume, and waits until nothing is going on there.
-    fn hold_and_drain(&self, id: u32) {
-        let _ = self.hold_and_drain_within(id, Duration::MAX);
+    fn hold_and_drain(&self, id: u32, event: Event) {
+        let _ = self.hold_and_drain_within(id, event, Duration::MAX);
     }
 
     /// The same for a while; whether nothing is going on now.
-    fn hold_and_drain_within(&self, id: u32, limit: Duration) -> bool {
+    fn hold_and_drain_within(&self, id: u32, event: Event, limit: Duration) -> bool {
         let start = Instant::now();
         let mut sched = self.sched();
-        while !sched.hold(id) {
+        while !sched.hold(id, event) {
             if self.stopping() || start.elapsed() >= limit {
                 return false;
             }
@@ -205,9 +206,9 @@ impl<T: Send + 'static> Shared<T> {
         true
     }
 
-    fn go_on(&self, id: u32) {
+    fn go_on(&self, id: u32, event: Event) {
         let mut sched = self.sched();
-        sched.release(id);
+        sched.go_on(id, event);
         // (When the others' retries are due is for the supervisor to know.)
         let _ = sched.revive(clock::now());
         let ready = sched.has_ready();
@@ -225,7 +226,7 @@ impl<T: Send + 'static> Shared<T> {
         let (file, guard) = (target.file(), target.guard());
         let shown = file.path().display();
         // From there on an operator decides, whatever was noticed before.
-        if guard.standing() == Standing::Fenced {
+        if target.state() == VolumeState::Fenced {
             return;
         }
         let urgent = trouble.stale || trouble.lock_lost;
@@ -235,12 +236,16 @@ impl<T: Send + 'static> Shared<T> {
                 return self.postpone(id);
             }
         }
-        let drained = self.hold_and_drain_within(id, if urgent { Duration::MAX } else { DRAIN });
+        let drained = if urgent {
+            self.hold_and_drain_within(id, Event::Lost, Duration::MAX)
+        } else {
+            self.hold_and_drain_within(id, Event::Hold, DRAIN)
+        };
         // What the last calls have said is for this errand, too.
         let now = self.sched().trouble(id);
         let (stale, lock_lost) = (trouble.stale || now.stale, trouble.lock_lost || now.lock_lost);
         if !drained && (stale || lock_lost) {
-            self.hold_and_drain(id);
+            self.hold_and_drain(id, Event::Lost);
         }
         if stale {
             let reopened = guard.reopen(file);
@@ -253,16 +258,19 @@ impl<T: Send + 'static> Shared<T> {
         }
         if trouble.discards {
             if !drained {
-                self.go_on(id);
+                self.go_on(id, Event::GoOn);
                 return self.postpone(id);
             }
             let mut requests = self.sched().take_discards(id);
             // What is not done is not reported as done.
             requests.iter_mut().for_each(|request| request.conclude(Err(libc::EIO)));
-            let done = guard.without_group(file, || discard(target, &mut requests));
+            let objects = target.object_offsets();
+            let done = guard.without_group(file, &objects, |permit| discard(target, permit, &mut requests));
+            let tickets = requests.iter_mut().filter_map(|request| request.ticket.take()).collect();
             answer(&self.ports(), requests);
+            self.sched().discarded(id, tickets);
             match done {
-                Ok(()) => self.go_on(id),
+                Ok(()) => self.go_on(id, Event::GoOn),
                 Err(why) => self.settle(id, target, "the group lock was let go of for a discard", Err(why)),
             }
         }
@@ -300,14 +308,13 @@ impl<T: Send + 'static> Shared<T> {
             Ok(()) => {
                 guard.recovered(file);
                 tracing::warn!("{shown}: {what}; it is there again, and others were kept out all the time: going on");
-                self.go_on(id);
+                self.go_on(id, Event::GoOn);
             }
             Err(why) => {
-                guard.set_standing(Standing::Fenced);
                 tracing::error!(
                     "{shown}: {what}, and {why}: somebody else may have written to the file. Fenced: every I/O fails until bdev_lloop_resume, or until it is attached again"
                 );
-                self.sched().fail(id, libc::ENOLCK);
+                self.sched().fence(id);
                 self.rouse();
                 // (Last: it asks every server, and one may be down.)
                 guard.remember_version(file);
@@ -319,15 +326,15 @@ impl<T: Send + 'static> Shared<T> {
     fn check(&self, id: u32, target: &Target) {
         let (file, guard) = (target.file(), target.guard());
         let shown = file.path().display();
-        if guard.wants_watching() {
-            match guard.advisory_is_held(file) {
+        if guard.wants_watching() && target.state() == VolumeState::Open {
+            match guard.advisory_is_held() {
                 Ok(true) => {}
                 Ok(false) => {
                     tracing::warn!(
                         "{shown}: the advisory lock is lost (evicted by the metadata server?); taking it again"
                     );
-                    self.hold_and_drain(id);
-                    let regained = guard.regain_advisory(file);
+                    self.hold_and_drain(id, Event::Lost);
+                    let regained = guard.regain_advisory(file, &target.object_offsets());
                     self.settle(id, target, "the advisory lock was lost", regained);
                 }
                 Err(errno) => tracing::warn!("{shown}: asking for its lock: {}; asking again later", reason(errno)),
@@ -363,7 +370,7 @@ impl<T: Send + 'static> Shared<T> {
             std::thread::sleep(Duration::from_millis(5));
         }
         let _done = Done(self, id, false);
-        if guard.standing() == Standing::Fenced {
+        if target.state() == VolumeState::Fenced {
             if let Err(why) = guard.retake_all(file) {
                 return refuse(libc::EBUSY, format!("it stays fenced: {why}"));
             }
@@ -371,7 +378,7 @@ impl<T: Send + 'static> Shared<T> {
                 Some(true) => tracing::warn!("{shown}: resumed; it was written to by others while it was fenced"),
                 _ => tracing::info!("{shown}: resumed"),
             }
-            self.go_on(id);
+            self.go_on(id, Event::Resume);
         }
         match target.look_for_damage() {
             None => target.clear_damage(),
@@ -444,7 +451,7 @@ impl<T: Send + 'static> Shared<T> {
 }
 
 /// Punches what was gathered, neighbours together.
-fn discard<T>(target: &Target, requests: &mut List<Request<T>>) {
+fn discard<T>(target: &Target, permit: Unlocked<'_>, requests: &mut List<Request<T>>) {
     let mut ranges: Vec<(u64, u64)> = requests.iter().map(|r| (r.offset_bytes, r.end_bytes())).collect();
     ranges.sort_unstable();
     let mut joined: Vec<(u64, u64)> = Vec::with_capacity(ranges.len());
@@ -455,7 +462,7 @@ fn discard<T>(target: &Target, requests: &mut List<Request<T>>) {
         }
     }
     let results: Vec<(u64, u64, Result<(), i32>)> =
-        joined.into_iter().map(|(start, end)| (start, end, target.discard(start, end))).collect();
+        joined.into_iter().map(|(start, end)| (start, end, target.discard(permit, start, end))).collect();
     for request in requests.iter_mut() {
         debug_assert_eq!(request.op, Op::Unmap);
         let inside =

@@ -42,8 +42,8 @@ impl LaneMap {
         LaneMap { extents: Vec::new(), osts: vec![None] }
     }
 
-    /// A lane for each object of `extents`, and one for what lies on several. Extents that overlap an earlier one, have no objects
-    /// or no stripe size are left to that one.
+    /// A lane for each object of `extents`, and one for what lies on several. Invalid or overlapping extents are ignored; their range uses
+    /// lane 0.
     pub fn striped(extents: Vec<Extent>) -> Self {
         let mut map = LaneMap::single();
         let mut sorted = extents;
@@ -104,7 +104,7 @@ pub(super) type Range = (u64, u64, bool);
 pub(super) struct Lane<T> {
     pub queue: List<Request<T>>,
     pub running: usize,
-    pub in_ring: bool,
+    pub has_turn: bool,
     /// Running average of how long a call takes.
     pub service: Ticks,
     pub slow: bool,
@@ -113,7 +113,7 @@ pub(super) struct Lane<T> {
 
 impl<T> Default for Lane<T> {
     fn default() -> Self {
-        Lane { queue: List::default(), running: 0, in_ring: false, service: 0, slow: false, stalls: 0 }
+        Lane { queue: List::default(), running: 0, has_turn: false, service: 0, slow: false, stalls: 0 }
     }
 }
 
@@ -139,13 +139,15 @@ impl<T> Lane<T> {
         }
         let mut requests = List::default();
         let head = self.queue.pop_front()?;
-        let (op, mut end, mut len, mut segments) = (head.op, head.end_bytes(), head.len_bytes, head.iovs.count());
+        let (op, fua) = (head.op, head.fua);
+        let (mut end, mut len, mut segments) = (head.end_bytes(), head.len_bytes, head.iovs.count());
         // A neighbour is merged when one vectored call can take it as it is, or after all of them are copied.
         let mut mergeable = matches!(op, Op::Read | Op::Write) && is_whole_pages(target, &head);
         let mut suits = head.suits_direct_io();
         requests.push_back(head);
         while mergeable && let Some(next) = self.queue.front() {
             mergeable = next.op == op
+                && next.fua == fua
                 && next.offset_bytes == end
                 && len + next.len_bytes <= max_merge_bytes
                 && segments + next.iovs.count() <= IOV_MAX

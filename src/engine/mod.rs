@@ -4,14 +4,15 @@
 //! with one atomic operation; workers of the [`threads::Pool`] sort requests into lanes (one for each server of a file), execute them and push each answer to
 //! the port it came from; the port's next poll takes all answers at once.
 
-mod balance;
 pub mod guard;
 mod keeper;
 pub mod lane;
+mod order;
 pub mod port;
 pub mod request;
 pub mod retry;
 mod sched;
+pub mod state;
 pub mod stats;
 mod supervisor;
 pub mod target;
@@ -20,7 +21,6 @@ pub mod transfer;
 pub mod uring;
 mod worker;
 
-pub use balance::Help;
 pub use guard::Guard;
 pub use keeper::Care;
 pub use lane::LaneMap;

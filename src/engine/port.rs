@@ -1,6 +1,6 @@
 //! A reactor thread's end of the hand-off. Nothing here blocks, locks or allocates once it is set up.
 
-use super::request::Request;
+use super::request::{Answer, Request};
 use super::threads::{Pool, Shared};
 use crate::os::bell::Bell;
 use crate::os::clock::{self, Ticks};
@@ -124,6 +124,16 @@ impl<T: Send + 'static> Port<T> {
             self.look_for_a_stall();
         }
         answers
+    }
+
+    /// Takes an executed request apart, one of [`Port::reap`]'s or of this thread's ring.
+    #[inline]
+    pub fn answer(&self, request: Placed<Request<T>>) -> Answer<T> {
+        let (answer, wakes) = Request::answer(request);
+        if wakes {
+            self.pool.tell_of_claims();
+        }
+        answer
     }
 
     /// How many requests are staged or handed over and not yet reaped.

@@ -1,5 +1,6 @@
 //! One I/O on its way through an engine.
 
+use super::order::{Order, Span, Ticket};
 use super::target::Target;
 use crate::os::bounce::BouncePool;
 use crate::os::clock::{self, Ticks};
@@ -20,6 +21,17 @@ pub enum Op {
     Unmap,
     /// Make the range read as zeroes, keeping its space where the filesystem can.
     WriteZeroes,
+    /// Answer another request, if no call has been made for it yet.
+    Abort,
+    /// Answer all requests that no call has been made for yet.
+    Reset,
+}
+
+impl Op {
+    /// Whether it changes the bytes of its range: what rule 1 (docs/internals/rules.md) keeps in order.
+    pub fn changes_data(self) -> bool {
+        matches!(self, Op::Write | Op::Unmap | Op::WriteZeroes)
+    }
 }
 
 /// An I/O. `T` is what its submitter wants back with the answer.
@@ -30,7 +42,7 @@ pub struct Request<T> {
     /// 0 while all is well.
     pub(super) errno: i32,
     pub(super) target: Arc<Target>,
-    /// In the file, not in the device.
+    /// In the file, not in the device. Of an abort: the address of what it means.
     pub(super) offset_bytes: u64,
     pub(super) len_bytes: u64,
     pub(super) iovs: IoVecs,
@@ -41,6 +53,12 @@ pub struct Request<T> {
     pub(super) first_failure: Ticks,
     /// How often it has failed.
     pub(super) attempts: u32,
+    /// A write that is to be on stable storage when it is answered.
+    pub(super) fua: bool,
+    /// It has a claim on its blocks, and no place in the scheduler's order yet.
+    claimed: bool,
+    /// Its place in the scheduler's order.
+    pub(super) ticket: Option<Ticket>,
     token: T,
 }
 
@@ -76,8 +94,52 @@ impl<T> Request<T> {
             due: 0,
             first_failure: 0,
             attempts: 0,
+            fua: false,
+            claimed: false,
+            ticket: None,
             token,
         }
+    }
+
+    /// Has a write on stable storage when it is answered (force unit access).
+    #[must_use]
+    pub fn with_fua(mut self, fua: bool) -> Self {
+        self.fua = fua;
+        self
+    }
+
+    /// An abort of the request that lies at `address`.
+    pub fn abort(volume: &super::Volume<T>, address: usize, token: T) -> Self {
+        let mut this = Request::new(Op::Abort, volume, 0, 0, IoVecs::EMPTY, token);
+        this.offset_bytes = address as u64;
+        this
+    }
+
+    /// To be called once, when it is submitted. Whether it may go to a ring as far as others are concerned: it changes nothing, or
+    /// nobody else changes its blocks.
+    pub fn claim(&mut self) -> bool {
+        debug_assert!(!self.claimed && self.ticket.is_none());
+        self.claimed = self.op.changes_data();
+        !self.claimed || self.target.claims().claim(self.span())
+    }
+
+    /// It can have no more effect. Whether somebody waits for that in the scheduler.
+    pub(super) fn release_claim(&mut self) -> bool {
+        std::mem::take(&mut self.claimed) && self.target.claims().release(self.span())
+    }
+
+    /// Gives it a place in the scheduler's order, which keeps the claim from here on.
+    pub(super) fn enter(&mut self, order: &mut Order) -> Ticket {
+        debug_assert!(self.claimed, "a write is claimed when it is submitted");
+        self.claimed = false;
+        let ticket = order.enter(self.span(), self.submitted);
+        self.ticket = Some(ticket);
+        ticket
+    }
+
+    /// The bytes that it touches.
+    pub(super) fn span(&self) -> Span {
+        Span { start_bytes: self.offset_bytes, end_bytes: self.end_bytes() }
     }
 
     /// Whether it is a read or write that direct I/O takes as it is, or after a short copy, of a file that is whole.
@@ -87,7 +149,7 @@ impl<T> Request<T> {
             && (self.suits_direct_io() || self.suits_a_copy())
     }
 
-    /// Whether it is a write that becomes one for direct I/O when its memory is copied to better.
+    /// Whether it is a write that only needs an aligned copy.
     fn suits_a_copy(&self) -> bool {
         let align_bytes = self.target.file().offset_align_bytes() as u64;
         self.op == Op::Write
@@ -105,16 +167,19 @@ impl<T> Request<T> {
         self.offset_bytes + self.len_bytes
     }
 
-    /// Consumes an executed request.
-    pub fn answer(this: Placed<Self>) -> Answer<T> {
+    /// Takes an executed request apart. With it: whether somebody waits for its end in the scheduler ([`super::Port::answer`] tells
+    /// them).
+    pub(super) fn answer(mut this: Placed<Self>) -> (Answer<T>, bool) {
+        let wakes = this.release_claim();
         let request = this.take();
-        Answer {
+        let answer = Answer {
             op: request.op,
             len_bytes: request.len_bytes,
             result: if request.errno == 0 { Ok(()) } else { Err(request.errno) },
             submitted: request.submitted,
             token: request.token,
-        }
+        };
+        (answer, wakes)
     }
 
     /// Sets the outcome.

@@ -1,4 +1,4 @@
-//! Which failures pass by themselves: the table of facts/lustre.md ("Errors").
+//! Which failures pass by themselves: the table of docs/internals/errors.md.
 //!
 //! Reads and writes of blocks can be repeated without harm. Elsewhere than on Lustre an error is what the disk says, and is passed on
 //! at once.

@@ -1,12 +1,15 @@
 //! Who is next: the workers' shared view of what is to be done. Plain data under a lock that no system call is made under and
 //! that no reactor takes.
 //!
-//! Lanes with something to do wait in a ring and get one turn each. A lane gets `lane_limit` calls at a time, and never more than there
-//! are workers left: so one that hangs keeps half of the pool at most, two a third each, and there is always one for the next
+//! A write first asks [`Order`] whether an older one that overlaps is unanswered; if so it waits (`blocked`). Lanes with something
+//! to do stand in line (`turns`) and get one turn each. A lane gets `lane_limit` calls at a time, and never more than there are
+//! workers left: so one that hangs keeps half of the pool at most, two a third each, and there is always one for the next
 //! (Choudhury and Hahne, "Dynamic queue length thresholds", 1998).
 
 use super::lane::{Lane, LaneLoad, LaneMap, Range};
+use super::order::{Order, Ticket};
 use super::request::{Op, Request};
+use super::state::{Event, VolumeState};
 use super::target::Target;
 use crate::os::clock::Ticks;
 use crate::os::queue::{List, Placed};
@@ -31,8 +34,6 @@ pub struct FinishedWork {
     pub(super) volume: u32,
     pub(super) lane: u16,
     range: Option<Range>,
-    /// How many of its requests were tried before.
-    retried: usize,
 }
 
 /// Why a volume needs somebody's attention.
@@ -57,28 +58,23 @@ struct Volume<T> {
     target: Arc<Target>,
     map: LaneMap,
     lanes: Vec<Lane<T>>,
+    state: VolumeState,
+    /// Nobody submits any more; it goes when its last request is answered.
+    closing: bool,
+    order: Order,
+    /// Writes that wait for others to be answered (rule 1).
+    blocked: List<Request<T>>,
     flushes: List<Request<T>>,
-    /// When the newest of the flushes was submitted.
-    newest_flush: Ticks,
     flush_running: bool,
-    flush_in_ring: bool,
+    flush_has_turn: bool,
     /// Calls that are being made.
     running: usize,
     /// Requests that failed and are due again some time; oldest failure first.
     retries: List<Request<T>>,
-    /// Requests in `running` that were tried before, and when the oldest of them was submitted (or an earlier one).
-    retried: (usize, Ticks),
     retries_total: u64,
     /// Unmaps, where they are done in batches.
     discards: List<Request<T>>,
-    /// Nothing new is started.
-    held: bool,
-    /// Everything fails with this.
-    failing: Option<i32>,
     trouble: Trouble,
-    /// It fails for good.
-    abandoned: bool,
-    closing: bool,
     /// What is being executed, page by page. Kept where parts of pages can be modified only.
     ranges: Vec<Range>,
 }
@@ -90,7 +86,7 @@ pub struct Sched<T> {
     retired: HashSet<u32>,
     /// Files that nobody may own any more: to be dropped where closing can block.
     dead: Vec<Arc<Target>>,
-    ring: VecDeque<(u32, u16)>,
+    turns: VecDeque<(u32, u16)>,
     /// Lanes that have work and took too many workers already.
     crowded: VecDeque<(u32, u16)>,
     /// What is answered without being executed.
@@ -102,6 +98,9 @@ pub struct Sched<T> {
     slow_ticks: Ticks,
     /// Somebody has set `trouble` since this was last taken.
     troubled: bool,
+    /// Writes in `blocked`, of all volumes; and whether one of them may be free now.
+    blocked: usize,
+    unblock: bool,
 }
 
 impl<T> Sched<T> {
@@ -111,7 +110,7 @@ impl<T> Sched<T> {
             volumes: Vec::new(),
             retired: HashSet::new(),
             dead: Vec::new(),
-            ring: VecDeque::new(),
+            turns: VecDeque::new(),
             crowded: VecDeque::new(),
             refused: List::default(),
             running: 0,
@@ -120,6 +119,8 @@ impl<T> Sched<T> {
             max_merge_bytes,
             slow_ticks,
             troubled: false,
+            blocked: 0,
+            unblock: false,
         }
     }
 
@@ -127,30 +128,28 @@ impl<T> Sched<T> {
     pub fn set_limits(&mut self, workers: usize, lane_limit: usize, max_merge_bytes: u64) {
         (self.workers, self.lane_limit) = (workers.max(1), lane_limit.max(1));
         self.max_merge_bytes = max_merge_bytes;
-        self.ring.append(&mut self.crowded);
+        self.turns.append(&mut self.crowded);
     }
 
     /// Adds a volume; its number.
     pub fn open(&mut self, target: Arc<Target>, map: LaneMap) -> u32 {
         let volume = Volume {
             ranges: Vec::with_capacity(if target.sub_page() { 1024 } else { 0 }),
+            order: Order::new(target.claims()),
             target,
             lanes: map.osts().iter().map(|_| Lane::default()).collect(),
             map,
+            state: VolumeState::Open,
+            closing: false,
+            blocked: List::default(),
             flushes: List::default(),
-            newest_flush: 0,
             flush_running: false,
-            flush_in_ring: false,
+            flush_has_turn: false,
             running: 0,
             retries: List::default(),
-            retried: (0, 0),
             retries_total: 0,
             discards: List::default(),
-            held: false,
-            failing: None,
             trouble: Trouble::default(),
-            abandoned: false,
-            closing: false,
         };
         let is_free = |id: &usize| self.volumes[*id].is_none() && !self.retired.contains(&(*id as u32));
         let id = (0..self.volumes.len()).find(is_free).unwrap_or_else(|| {
@@ -162,10 +161,10 @@ impl<T> Sched<T> {
         id as u32
     }
 
-    /// A lane is in the ring, or among the crowded, once at most: room for all, and the I/O path never allocates.
+    /// A lane stands in line, or among the crowded, once at most: room for all, and the I/O path never allocates.
     fn make_room(&mut self) {
         let lanes: usize = self.volumes.iter().flatten().map(|volume| volume.lanes.len() + 1).sum();
-        self.ring.reserve(lanes);
+        self.turns.reserve(lanes);
         self.crowded.reserve(lanes);
     }
 
@@ -186,9 +185,9 @@ impl<T> Sched<T> {
     pub fn close(&mut self, id: u32) -> bool {
         let Some(volume) = self.volume_mut(id) else { return true };
         volume.closing = true;
-        // (Nothing is left to wait for a lock, or for better times.)
-        if volume.held {
-            self.fail(id, libc::ENODEV);
+        // Nobody is left who could wait for a lock to come back.
+        if !volume.state.starts() {
+            self.end(id);
         }
         self.drop_if_closed(id)
     }
@@ -198,7 +197,7 @@ impl<T> Sched<T> {
         if slot.as_ref().is_some_and(|volume| volume.closing && volume.is_idle()) {
             self.dead.extend(slot.take().map(|volume| volume.target));
             self.retired.insert(id);
-            self.ring.retain(|&(other, _)| other != id);
+            self.turns.retain(|&(other, _)| other != id);
             self.crowded.retain(|&(other, _)| other != id);
         }
         slot.is_none()
@@ -216,60 +215,161 @@ impl<T> Sched<T> {
 
     /// Takes in what was submitted.
     pub fn accept(&mut self, mut submitted: List<Request<T>>) {
-        while let Some(request) = submitted.pop_front() {
+        while let Some(mut request) = submitted.pop_front() {
             let id = request.volume;
             let volume = self.volumes[id as usize].as_mut().expect("a volume outlives its requests");
-            if let Some(errno) = volume.failing {
-                self.refuse(request, errno);
-                continue;
-            }
             match request.op {
+                Op::Abort => self.abort(request),
+                Op::Reset => {
+                    self.sweep(id, libc::ECANCELED);
+                    self.refuse(request, 0);
+                }
+                _ if let Some(errno) = volume.state.refuses() => self.refuse(request, errno),
                 Op::Flush => {
-                    // (Ports do not hand over in the order of time.)
-                    volume.newest_flush = volume.newest_flush.max(request.submitted);
                     volume.flushes.push_back(request);
                     self.enlist(id, FLUSHES);
                 }
-                Op::Unmap if volume.target.guard().gathers_discards() => {
-                    volume.discards.push_back(request);
-                    volume.trouble.discards = true;
-                    self.troubled = true;
+                Op::Read => self.enqueue(request),
+                Op::Write | Op::Unmap | Op::WriteZeroes => {
+                    let ticket = request.enter(&mut volume.order);
+                    // One that others did not know of until now may be what they waited for.
+                    self.unblock |= self.blocked > 0;
+                    if volume.order.start(ticket, volume.target.claims()) {
+                        self.enqueue(request);
+                    } else {
+                        volume.blocked.push_back(request);
+                        self.blocked += 1;
+                        volume.order.set_waiting(volume.blocked.len(), volume.target.claims());
+                        // What it waits for may have been answered just before that was said.
+                        self.unblock = true;
+                    }
                 }
-                _ => {
-                    let lane = volume.map.lane_of(request.offset_bytes, request.len_bytes);
-                    volume.lanes[lane as usize].queue.push_back(request);
-                    self.enlist(id, lane);
+            }
+        }
+        self.start_unblocked();
+    }
+
+    /// A claim on a volume was given back by somebody who is not in here.
+    pub fn claims_changed(&mut self) {
+        self.unblock |= self.blocked > 0;
+        self.start_unblocked();
+    }
+
+    /// Starts the writes that waited for others, as far as those are answered.
+    fn start_unblocked(&mut self) {
+        while std::mem::take(&mut self.unblock) {
+            for id in 0..self.volumes.len() {
+                let Some(volume) = self.volumes[id].as_mut().filter(|volume| !volume.blocked.is_empty()) else {
+                    continue;
+                };
+                let mut waiting = std::mem::take(&mut volume.blocked);
+                let mut free = List::default();
+                while let Some(request) = waiting.pop_front() {
+                    let ticket = request.ticket.expect("a write that waits has entered");
+                    if volume.order.start(ticket, volume.target.claims()) {
+                        self.blocked -= 1;
+                        free.push_back(request);
+                    } else {
+                        volume.blocked.push_back(request);
+                    }
+                }
+                volume.order.set_waiting(volume.blocked.len(), volume.target.claims());
+                while let Some(request) = free.pop_front() {
+                    self.enqueue(request);
                 }
             }
         }
     }
 
+    /// Puts a request where it waits for its turn.
+    fn enqueue(&mut self, request: Placed<Request<T>>) {
+        let id = request.volume;
+        let volume = self.volumes[id as usize].as_mut().expect("a volume outlives its requests");
+        if request.op == Op::Unmap && volume.target.guard().gathers_discards() {
+            volume.discards.push_back(request);
+            volume.trouble.discards = true;
+            self.troubled = true;
+            return;
+        }
+        let lane = volume.map.lane_of(request.offset_bytes, request.len_bytes);
+        volume.lanes[lane as usize].queue.push_back(request);
+        self.enlist(id, lane);
+    }
+
+    /// Answers a request without executing it: with an errno, or 0.
     fn refuse(&mut self, mut request: Placed<Request<T>>, errno: i32) {
-        request.conclude(Err(errno));
+        let volume = self.volumes[request.volume as usize].as_mut().expect("a volume outlives its requests");
+        match request.ticket.take() {
+            Some(ticket) => {
+                self.unblock |= volume.order.leave(ticket, volume.target.claims());
+                // A flush may have waited for it.
+                self.enlist(request.volume, FLUSHES);
+            }
+            None => self.unblock |= request.release_claim(),
+        }
+        request.conclude(if errno == 0 { Ok(()) } else { Err(errno) });
         self.refused.push_back(request);
     }
 
-    /// Puts a lane into the ring when it could get a turn.
+    /// Looks for the request that an abort means, among those that no call has been made for.
+    fn abort(&mut self, mut abort: Placed<Request<T>>) {
+        let (id, key) = (abort.volume, abort.offset_bytes as usize);
+        let volume = self.volumes[id as usize].as_mut().expect("a volume outlives its requests");
+        let mut found = List::default();
+        let lists = [&mut volume.flushes, &mut volume.retries, &mut volume.discards];
+        for list in lists.into_iter().chain(volume.lanes.iter_mut().map(|lane| &mut lane.queue)) {
+            found.append(&mut list.extract(|request| Placed::address(request) == key));
+        }
+        let mut blocked = volume.blocked.extract(|request| Placed::address(request) == key);
+        self.blocked -= blocked.len();
+        volume.order.set_waiting(volume.blocked.len(), volume.target.claims());
+        found.append(&mut blocked);
+        abort.conclude(if found.is_empty() { Err(libc::EBUSY) } else { Ok(()) });
+        self.refused.push_back(abort);
+        while let Some(request) = found.pop_front() {
+            self.refuse(request, libc::ECANCELED);
+        }
+    }
+
+    /// Answers whatever waits on a volume with `errno`. What calls have been made for goes on.
+    fn sweep(&mut self, id: u32, errno: i32) {
+        let Some(volume) = self.volume_mut(id) else { return };
+        let mut all = std::mem::take(&mut volume.retries);
+        volume.lanes.iter_mut().for_each(|lane| all.append(&mut lane.queue));
+        all.append(&mut volume.flushes);
+        all.append(&mut volume.discards);
+        volume.trouble.discards = false;
+        let mut blocked = std::mem::take(&mut volume.blocked);
+        volume.order.set_waiting(0, volume.target.claims());
+        self.blocked -= blocked.len();
+        all.append(&mut blocked);
+        while let Some(request) = all.pop_front() {
+            self.refuse(request, errno);
+        }
+        self.start_unblocked();
+    }
+
+    /// Puts a lane in line when it could get a turn.
     fn enlist(&mut self, id: u32, lane: u16) {
         let lane_limit = self.lane_limit;
         let Some(volume) = self.volume_mut(id) else { return };
-        if volume.held {
+        if !volume.state.starts() {
             return;
         }
-        let in_ring = if lane == FLUSHES {
-            if volume.flush_running || volume.flush_has_to_wait() {
+        let has_turn = if lane == FLUSHES {
+            if volume.flush_running || !volume.flush_may_run() {
                 return;
             }
-            &mut volume.flush_in_ring
+            &mut volume.flush_has_turn
         } else {
             let lane = &mut volume.lanes[lane as usize];
             if lane.running >= lane_limit || lane.queue.is_empty() {
                 return;
             }
-            &mut lane.in_ring
+            &mut lane.has_turn
         };
-        if !std::mem::replace(in_ring, true) {
-            self.ring.push_back((id, lane));
+        if !std::mem::replace(has_turn, true) {
+            self.turns.push_back((id, lane));
         }
     }
 
@@ -281,15 +381,15 @@ impl<T> Sched<T> {
     /// The next thing to do, if there is any that may be done now.
     pub fn take_next(&mut self) -> Option<Work<T>> {
         if !self.refused.is_empty() {
-            let done = FinishedWork { volume: u32::MAX, lane: 0, range: None, retried: 0 };
+            let done = FinishedWork { volume: u32::MAX, lane: 0, range: None };
             return Some(Work { requests: std::mem::take(&mut self.refused), slow: false, done, refused: true });
         }
-        while let Some((id, at)) = self.ring.pop_front() {
+        while let Some((id, at)) = self.turns.pop_front() {
             let free = self.workers.saturating_sub(self.running).max(1);
-            let volume = self.volumes[id as usize].as_mut().expect("a lane leaves the ring before it goes");
+            let volume = self.volumes[id as usize].as_mut().expect("a lane leaves the line before it goes");
             if let Some(lane) = volume.lanes.get_mut(at as usize)
                 && lane.running >= free
-                && !volume.held
+                && volume.state.starts()
             {
                 self.crowded.push_back((id, at));
                 continue;
@@ -300,7 +400,7 @@ impl<T> Sched<T> {
                 n => n,
             };
             let Some(work) = volume.take(id, at, max_merge_bytes) else {
-                // The volume is held, or the head has to wait for an overlapping request; the end of that enlists the lane again.
+                // The volume is held, or the head has to wait for pages that are being modified; the end of that enlists the lane again.
                 continue;
             };
             self.running += 1;
@@ -312,19 +412,24 @@ impl<T> Sched<T> {
 
     /// Whether anything could be done at once.
     pub fn has_ready(&self) -> bool {
-        !self.ring.is_empty() || !self.refused.is_empty()
+        !self.turns.is_empty() || !self.refused.is_empty()
     }
 
-    /// Notes the end of a work that took `took`, and what of it is to be tried again; true when its volume is gone with it, or when
-    /// somebody may wait for it to be idle.
-    pub fn finished(&mut self, done: FinishedWork, took: Ticks, mut again: List<Request<T>>) -> bool {
+    /// Notes the end of a work that took `took`: which of its writes were answered (their tickets are taken out), and what is to be
+    /// tried again. True when its volume is gone with it, or when somebody may wait for it to be idle.
+    pub fn finished(
+        &mut self,
+        done: FinishedWork,
+        took: Ticks,
+        answered: &mut Vec<Ticket>,
+        mut again: List<Request<T>>,
+    ) -> bool {
         let slow_ticks = self.slow_ticks;
         let id = done.volume;
         self.running -= 1;
-        self.ring.append(&mut self.crowded);
-        let Some(volume) = self.volume_mut(id) else { return true };
+        self.turns.append(&mut self.crowded);
+        let volume = self.volumes[id as usize].as_mut().expect("a volume stays while its calls are made");
         volume.running -= 1;
-        volume.retried.0 -= done.retried;
         if let Some(lane) = volume.lanes.get_mut(done.lane as usize) {
             lane.running -= 1;
             lane.served(took, slow_ticks);
@@ -334,6 +439,9 @@ impl<T> Sched<T> {
             }
         } else {
             volume.flush_running = false;
+        }
+        for ticket in answered.drain(..) {
+            self.unblock |= volume.order.leave(ticket, volume.target.claims());
         }
         if let Some(range) = done.range
             && let Some(at) = volume.ranges.iter().position(|r| *r == range)
@@ -347,24 +455,38 @@ impl<T> Sched<T> {
         while let Some(request) = again.pop_front() {
             self.try_again(id, request);
         }
+        self.start_unblocked();
         self.enlist(id, done.lane);
-        if done.retried > 0 {
-            self.enlist(id, FLUSHES);
+        self.enlist(id, FLUSHES);
+        self.drop_if_closed(id)
+            || self.volume_mut(id).is_some_and(|volume| !volume.state.starts() && volume.running == 0)
+    }
+
+    /// Notes that gathered discards are answered.
+    pub fn discarded(&mut self, id: u32, tickets: Vec<Ticket>) {
+        let Some(volume) = self.volumes.get_mut(id as usize).and_then(Option::as_mut) else { return };
+        for ticket in tickets {
+            self.unblock |= volume.order.leave(ticket, volume.target.claims());
         }
-        self.drop_if_closed(id) || self.volume_mut(id).is_some_and(|volume| volume.held && volume.running == 0)
+        self.start_unblocked();
+        self.drop_if_closed(id);
     }
 
     fn try_again(&mut self, id: u32, request: Placed<Request<T>>) {
         let Some(volume) = self.volume_mut(id) else { return };
-        if let Some(errno) = volume.failing.or(volume.closing.then_some(request.errno)) {
+        if let Some(errno) = volume.state.refuses().or(volume.closing.then_some(request.errno)) {
             return self.refuse(request, errno);
         }
         volume.retries_total += 1;
-        volume.trouble.lock_lost |= request.errno == libc::ENOLCK;
-        volume.trouble.stale |= request.errno == libc::ESTALE;
+        if let Some(ticket) = request.ticket {
+            volume.order.retry(ticket);
+        }
+        let (lock_lost, stale) = (request.errno == libc::ENOLCK, request.errno == libc::ESTALE);
         volume.retries.push_back(request);
-        if volume.trouble.lock_lost || volume.trouble.stale {
-            volume.held = true;
+        if lock_lost || stale {
+            volume.trouble.lock_lost |= lock_lost;
+            volume.trouble.stale |= stale;
+            volume.change(Event::Lost);
             self.troubled = true;
         }
     }
@@ -373,7 +495,8 @@ impl<T> Sched<T> {
     pub fn revive(&mut self, now: Ticks) -> Option<Ticks> {
         let mut next = None;
         for id in 0..self.volumes.len() as u32 {
-            let Some(volume) = self.volume_mut(id).filter(|volume| !volume.held && !volume.retries.is_empty()) else {
+            let Some(volume) = self.volume_mut(id).filter(|volume| volume.state.starts() && !volume.retries.is_empty())
+            else {
                 continue;
             };
             let mut waiting = std::mem::take(&mut volume.retries);
@@ -384,62 +507,53 @@ impl<T> Sched<T> {
                     continue;
                 }
                 let lane = volume.map.lane_of(request.offset_bytes, request.len_bytes);
-                if request.op == Op::Flush {
-                    volume.flushes.push_front(request);
-                } else {
-                    volume.lanes[lane as usize].queue.push_front(request);
-                }
+                volume.lanes[lane as usize].queue.push_front(request);
             }
             self.enlist_all(id);
         }
         next
     }
 
-    /// Starts nothing new on a volume until [`Sched::release`]. Whether nothing is going on there now.
-    pub fn hold(&mut self, id: u32) -> bool {
+    /// Changes a volume's state. Whether nothing is going on there now.
+    pub fn hold(&mut self, id: u32, event: Event) -> bool {
         let Some(volume) = self.volume_mut(id) else { return true };
-        volume.held = true;
+        volume.change(event);
         volume.running == 0
     }
 
-    /// Goes on with a volume that was held, or failing.
-    pub fn release(&mut self, id: u32) {
+    /// Goes on with a volume after a job ([`Event::GoOn`]) or by an operator's word ([`Event::Resume`]).
+    pub fn go_on(&mut self, id: u32, event: Event) {
         let Some(volume) = self.volume_mut(id) else { return };
-        if volume.abandoned {
+        volume.change(event);
+        if !volume.state.starts() {
             return;
         }
-        (volume.held, volume.failing) = (false, None);
         (volume.trouble.lock_lost, volume.trouble.stale) = (false, false);
-        // (The time that they have was not for waiting for a lock.)
+        // Restart the retry budget: lock recovery does not count.
         let now = crate::os::clock::now();
         volume.retries.iter_mut().for_each(|request| (request.due, request.first_failure) = (0, now));
-        // What was gathered while something else was mended still waits for its errand.
+        // What was gathered while something else was mended still waits for its job.
         let discards = !volume.discards.is_empty();
         volume.trouble.discards = discards;
         self.troubled |= discards;
         self.enlist_all(id);
     }
 
-    /// The volume is on its way out: what waits for better times is answered now, and whatever still comes.
-    pub fn abandon(&mut self, id: u32) {
-        let Some(volume) = self.volume_mut(id) else { return };
-        if volume.held || volume.failing.is_some() {
-            volume.abandoned = true;
-            self.fail(id, libc::ENODEV);
-        }
+    /// Fails a volume until an operator resumes it: whatever waits there, and whatever comes.
+    pub fn fence(&mut self, id: u32) {
+        self.refuse_all(id, Event::Fence);
     }
 
-    /// Answers whatever waits on a volume, and whatever comes, with `errno`, until [`Sched::release`].
-    pub fn fail(&mut self, id: u32, errno: i32) {
+    /// Fails a volume for good: it is being detached.
+    pub fn end(&mut self, id: u32) {
+        self.refuse_all(id, Event::End);
+    }
+
+    fn refuse_all(&mut self, id: u32, event: Event) {
         let Some(volume) = self.volume_mut(id) else { return };
-        volume.failing = Some(errno);
-        volume.held = false;
-        let mut all = std::mem::take(&mut volume.retries);
-        volume.lanes.iter_mut().for_each(|lane| all.append(&mut lane.queue));
-        all.append(&mut volume.flushes);
-        all.append(&mut volume.discards);
-        while let Some(request) = all.pop_front() {
-            self.refuse(request, errno);
+        volume.change(event);
+        if let Some(errno) = volume.state.refuses() {
+            self.sweep(id, errno);
         }
     }
 
@@ -498,7 +612,7 @@ impl<T> Sched<T> {
     /// Whether a volume is there, and not on its way out.
     pub fn is_open(&self, id: u32) -> bool {
         let volume = self.volumes.get(id as usize).and_then(Option::as_ref);
-        volume.is_some_and(|volume| !volume.closing && !volume.abandoned)
+        volume.is_some_and(|volume| !volume.closing && volume.state != VolumeState::Ending)
     }
 
     /// Every volume's file.
@@ -528,7 +642,7 @@ impl<T> Sched<T> {
                 stalls: lane.stalls,
             })
             .collect();
-        let waiting = [&volume.flushes, &volume.retries, &volume.discards];
+        let waiting = [&volume.flushes, &volume.retries, &volume.discards, &volume.blocked];
         let first = &mut loads[0];
         first.queued += waiting.iter().map(|list| list.len()).sum::<usize>();
         first.running += usize::from(volume.flush_running);
@@ -541,36 +655,39 @@ impl<T> Volume<T> {
     fn is_idle(&self) -> bool {
         self.running == 0
             && self.lanes.iter().all(|lane| lane.queue.is_empty())
-            && [&self.flushes, &self.retries, &self.discards].iter().all(|list| list.is_empty())
+            && [&self.flushes, &self.retries, &self.discards, &self.blocked].iter().all(|list| list.is_empty())
     }
 
-    /// A flush does not overtake an earlier write that is being tried again: whoever waits for the flush may take it to cover that.
-    fn flush_has_to_wait(&self) -> bool {
-        let earlier = |submitted: Ticks| submitted <= self.newest_flush;
-        self.flushes.is_empty()
-            || (self.retried.0 > 0 && earlier(self.retried.1))
-            || self.retries.iter().any(|request| request.op != Op::Flush && earlier(request.submitted))
-            // (Those whose time has come stand at the heads of their lanes.)
-            || self.lanes.iter().any(|lane| {
-                lane.queue.iter().take_while(|request| request.attempts > 0).any(|request| earlier(request.submitted))
-            })
+    /// The only way that a state changes.
+    fn change(&mut self, event: Event) {
+        self.state = self.state.after(event);
+        self.target.set_state(self.state);
+    }
+
+    /// Whether a flush may cover `submitted`: an older write that is tried again may not be left out (rule 4). Reads and newer writes do
+    /// not matter.
+    fn flush_may_run(&self) -> bool {
+        let barrier = self.order.oldest_retried().unwrap_or(Ticks::MAX);
+        self.flushes.iter().any(|flush| flush.submitted < barrier)
     }
 
     fn take(&mut self, id: u32, at: u16, max_merge_bytes: u64) -> Option<Work<T>> {
-        let mut done = FinishedWork { volume: id, lane: at, range: None, retried: 0 };
+        let starts = self.state.starts();
+        let mut done = FinishedWork { volume: id, lane: at, range: None };
         let (requests, slow) = match self.lanes.get_mut(at as usize) {
             None => {
-                self.flush_in_ring = false;
-                if self.held || self.flush_running || self.flush_has_to_wait() {
+                self.flush_has_turn = false;
+                if !starts || self.flush_running || !self.flush_may_run() {
                     return None;
                 }
                 // Group commit: one fdatasync that starts now answers all of them; those that come meanwhile share the next.
                 self.flush_running = true;
-                (std::mem::take(&mut self.flushes), self.target.slow())
+                let barrier = self.order.oldest_retried().unwrap_or(Ticks::MAX);
+                (self.flushes.extract(|flush| flush.submitted < barrier), self.target.slow())
             }
             Some(lane) => {
-                lane.in_ring = false;
-                if self.held {
+                lane.has_turn = false;
+                if !starts {
                     return None;
                 }
                 let (requests, range) = lane.take(&self.target, &mut self.ranges, max_merge_bytes)?;
@@ -580,14 +697,6 @@ impl<T> Volume<T> {
             }
         };
         self.running += 1;
-        done.retried = requests.iter().filter(|request| request.attempts > 0 && request.op != Op::Flush).count();
-        if done.retried > 0 {
-            let oldest = requests.iter().map(|request| request.submitted).min().unwrap_or(0);
-            self.retried = match self.retried {
-                (0, _) => (done.retried, oldest),
-                (n, earlier) => (n + done.retried, earlier.min(oldest)),
-            };
-        }
         Some(Work { requests, slow, done, refused: false })
     }
 }

@@ -82,6 +82,8 @@ impl Counters {
         let kind = &self.kinds[op as usize];
         add(&kind.count, 1);
         match result {
+            // A flush comes with the range of the whole device, and moves nothing.
+            Ok(()) if op == Op::Flush => {}
             Ok(()) => add(&kind.bytes, len_bytes),
             Err(errno) => {
                 add(&kind.errors, 1);

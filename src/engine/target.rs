@@ -2,7 +2,9 @@
 
 use super::guard::Guard;
 use super::lane::{Extent, LaneMap};
-use crate::os::file::DirectFile;
+use super::order::Claims;
+use super::state::VolumeState;
+use crate::os::file::{DirectFile, Unlocked};
 use crate::os::lustre::layout::Layout;
 use crate::os::probe::PathState;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -18,6 +20,8 @@ pub enum Damage {
     Removed,
     /// Its name leads to another file now.
     Replaced,
+    /// A flush has failed: what was written before may not be on stable storage.
+    FlushFailed,
 }
 
 impl Damage {
@@ -27,6 +31,7 @@ impl Damage {
             Damage::Truncated => "truncated",
             Damage::Removed => "removed",
             Damage::Replaced => "replaced",
+            Damage::FlushFailed => "flush failed",
         }
     }
 
@@ -39,6 +44,7 @@ impl Damage {
             ),
             Damage::Removed => "the file was removed: what is on the device now is gone when it is detached. Copy it away".into(),
             Damage::Replaced => "another file has taken its name, the device goes on with the old one. Detach it and attach the new one, or put the old one back".into(),
+            Damage::FlushFailed => "a flush has failed: what was written before it may not be on stable storage. Whoever flushed was told. Check the storage and what is on the device, then resume it (bdev_lloop_resume)".into(),
         }
     }
 }
@@ -48,6 +54,10 @@ impl Damage {
 pub struct Target {
     file: DirectFile,
     guard: Guard,
+    /// Who changes which blocks.
+    claims: Claims,
+    /// A [`VolumeState`], as the scheduler has it.
+    state: AtomicU8,
     base_bytes: u64,
     /// How long the device is; 0 while nobody has said.
     len_bytes: AtomicU64,
@@ -79,6 +89,8 @@ impl Target {
         Target {
             file,
             guard,
+            claims: Claims::new(block_bytes),
+            state: AtomicU8::new(VolumeState::Open as u8),
             base_bytes,
             len_bytes: AtomicU64::new(0),
             sub_page,
@@ -99,6 +111,20 @@ impl Target {
     /// Its locks.
     pub fn guard(&self) -> &Guard {
         &self.guard
+    }
+
+    /// Who changes which of its blocks.
+    pub(super) fn claims(&self) -> &Claims {
+        &self.claims
+    }
+
+    /// The state of its volume.
+    pub fn state(&self) -> VolumeState {
+        VolumeState::from_u8(self.state.load(Ordering::Acquire))
+    }
+
+    pub(super) fn set_state(&self, state: VolumeState) {
+        self.state.store(state as u8, Ordering::Release);
     }
 
     /// Where the device starts in the file.
@@ -127,14 +153,20 @@ impl Target {
             1 => Some(Damage::Truncated),
             2 => Some(Damage::Removed),
             3 => Some(Damage::Replaced),
+            4 => Some(Damage::FlushFailed),
             _ => None,
         }
     }
 
     /// Notes that the file is not what the device needs.
     pub fn set_damage(&self, damage: Damage) {
+        // The others say more, and need more.
+        if damage == Damage::FlushFailed && self.damage().is_some() {
+            return;
+        }
         if damage == Damage::Truncated {
-            let end_bytes = self.file.size_bytes().unwrap_or(0);
+            // A file whose size cannot be asked for is not known to be too short.
+            let Ok(end_bytes) = self.file.size_bytes() else { return };
             self.known_end_bytes.store(end_bytes, Ordering::Relaxed);
         }
         if self.damage.swap(damage as u8, Ordering::Relaxed) != damage as u8 {
@@ -179,21 +211,21 @@ impl Target {
     }
 
     /// Zeroes whole pages of the file: keeps the space where the filesystem can, else punches a hole, which reads the same.
-    pub(super) fn zero_pages(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
+    pub(super) fn zero_pages(&self, permit: Unlocked<'_>, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
         if self.zero_range_works.load(Ordering::Relaxed) {
-            match self.file.zero_range(offset_bytes, len_bytes) {
+            match self.file.zero_range(permit, offset_bytes, len_bytes) {
                 Err(libc::EOPNOTSUPP) => self.zero_range_works.store(false, Ordering::Relaxed),
                 other => return other,
             }
         }
-        self.file.punch(offset_bytes, len_bytes)
+        self.file.punch(permit, offset_bytes, len_bytes)
     }
 
     /// Gives the whole pages of a range back; parts of pages keep what they have.
-    pub(super) fn discard(&self, start_bytes: u64, end_bytes: u64) -> Result<(), i32> {
+    pub(super) fn discard(&self, permit: Unlocked<'_>, start_bytes: u64, end_bytes: u64) -> Result<(), i32> {
         let align = self.file.offset_align_bytes() as u64;
         let (first, last) = (start_bytes.next_multiple_of(align), end_bytes - end_bytes % align);
-        if first < last { self.file.punch(first, last - first) } else { Ok(()) }
+        if first < last { self.file.punch(permit, first, last - first) } else { Ok(()) }
     }
 
     fn layout_slot(&self) -> MutexGuard<'_, Option<Layout>> {
@@ -240,6 +272,12 @@ impl Target {
         let changed = slot.as_ref() != Some(&new);
         *slot = Some(new);
         changed.then_some(map)
+    }
+
+    /// An offset in each object of the file that holds some of it: reads there tell of every server's lock.
+    pub fn object_offsets(&self) -> Vec<u64> {
+        let size_bytes = self.file.size_bytes().unwrap_or(u64::MAX);
+        self.layout_slot().as_ref().map_or_else(|| vec![0], |layout| layout.object_offsets(size_bytes))
     }
 
     /// The server that holds a byte of the file.

@@ -129,6 +129,8 @@ pub(super) struct Shared<T> {
     pub(super) watching: AtomicBool,
     /// Works taken so far: stands still when everybody is stuck.
     pub(super) picks: Apart<AtomicU64>,
+    /// A claim was given back outside the scheduler, and a write in there waits.
+    pub(super) claims_changed: AtomicBool,
     /// Whether lanes had work left at the last pick.
     pub(super) ready: AtomicBool,
     pub(super) live: AtomicU32,
@@ -221,6 +223,7 @@ impl<T: Send + 'static> Pool<T> {
             sleepers: AtomicU32::new(0),
             watching: AtomicBool::new(false),
             picks: Apart::default(),
+            claims_changed: AtomicBool::new(false),
             ready: AtomicBool::new(false),
             live: AtomicU32::new(0),
             workers: AtomicU32::new(options.workers.clamp(1, MAX_WORKERS) as u32),
@@ -291,6 +294,8 @@ impl<T: Send + 'static> Pool<T> {
         let dead = sched.take_dead();
         drop(sched);
         drop(dead);
+        // The kernel may keep the file open for a while (io_uring on Linux 6.1 does, for a second): the locks go now.
+        target.guard().give_back(target.file());
         // A worker that has just handed out the last answer may still hold the target for an instant; the keeper, while it looks
         // after the file.
         let mut target = target;
@@ -315,9 +320,9 @@ impl<T: Send + 'static> Pool<T> {
         self.0.crew.wake_all();
     }
 
-    /// The volume is on its way out: what waits there for a lock to come back is answered with ENODEV. Takes the pool's lock.
+    /// The volume is detached by force: what waits there is answered with ENODEV now, and whatever still comes. Takes the pool's lock.
     pub fn abandon(&self, volume: u32) {
-        self.0.sched().abandon(volume);
+        self.0.sched().end(volume);
         self.0.rouse();
     }
 
@@ -447,6 +452,18 @@ impl<T> Shared<T> {
             self.wake_one();
         }
         wanted
+    }
+
+    /// Whether something has come since the scheduler was last asked.
+    pub(super) fn has_news(&self) -> bool {
+        !self.inbox.is_empty() || self.claims_changed.load(Ordering::SeqCst)
+    }
+
+    /// Has the scheduler look at the writes that wait for others. Called by reactors.
+    pub(super) fn tell_of_claims(&self) {
+        if !self.claims_changed.swap(true, Ordering::SeqCst) {
+            self.rouse();
+        }
     }
 
     /// There is work that did not come by the inbox.

@@ -30,12 +30,15 @@ impl Transfer {
         Ok(Transfer { iovs: IovList::default(), bounce: BounceBuffer::new(BOUNCE_BYTES)? })
     }
 
-    /// Executes the requests of one [`super::sched::Work`]: several only when they are flushes of one file, or neighbours. Whether
+    /// Executes the requests of one `sched::Work`: several only when they are flushes of one file, or neighbours. Whether
     /// all of them succeeded.
     pub fn execute<T>(&mut self, requests: &mut List<Request<T>>) -> bool {
         let Some(first) = requests.front() else { return true };
         if first.op == Op::Flush {
             let result = first.target.file().sync_data();
+            if result.is_err() {
+                first.target.set_damage(Damage::FlushFailed);
+            }
             requests.iter_mut().for_each(|request| request.conclude(result));
             return result.is_ok();
         }
@@ -64,7 +67,7 @@ impl Transfer {
             for request in requests.iter() {
                 self.iovs.push(&request.iovs, 0);
             }
-            return call(&first.target, first.op, &self.iovs, first.offset_bytes) == Ok(wanted as usize);
+            return call(&first.target, Access::of(first), &self.iovs, first.offset_bytes) == Ok(wanted as usize);
         }
         // One copy, and one call, for all of them.
         let Some(copy) = self.bounce.as_mut_slice().get_mut(..wanted as usize) else { return false };
@@ -74,7 +77,7 @@ impl Transfer {
             request.iovs.gather(0, part);
         }
         self.iovs.push_slice(copy);
-        if call(&first.target, first.op, &self.iovs, first.offset_bytes) != Ok(wanted as usize) {
+        if call(&first.target, Access::of(first), &self.iovs, first.offset_bytes) != Ok(wanted as usize) {
             return false;
         }
         let mut rest = &self.bounce.as_mut_slice()[..wanted as usize];
@@ -95,38 +98,43 @@ impl Transfer {
         match op {
             Op::Read | Op::Write if whole_pages => {
                 if request.suits_direct_io() {
-                    self.direct(target, op, request)
+                    self.direct(target, Access::of(request), request)
                 } else {
-                    self.bounced(target, op, request)
+                    self.bounced(target, Access::of(request), request)
                 }
             }
             Op::Read => self.read_parts(target, request),
-            Op::Write => self.write_parts(target, request.offset_bytes, request.len_bytes, Some((&request.iovs, 0))),
+            Op::Write => {
+                let data = Some((&request.iovs, 0));
+                self.write_parts(target, Access::of(request), request.offset_bytes, request.len_bytes, data)
+            }
             Op::Unmap | Op::WriteZeroes => self.zero(target, request),
             Op::Flush => target.file().sync_data(),
+            // The scheduler answers them.
+            Op::Abort | Op::Reset => Err(libc::EINVAL),
         }
     }
 
-    fn direct<T>(&mut self, target: &Target, op: Op, request: &Request<T>) -> Outcome {
+    fn direct<T>(&mut self, target: &Target, access: Access, request: &Request<T>) -> Outcome {
         let mut done = 0;
         while done < request.len_bytes {
             self.iovs.clear();
             self.iovs.push(&request.iovs, done as usize);
-            let n = call(target, op, &self.iovs, request.offset_bytes + done)?;
-            done += progress(target, op, n)?;
+            let n = call(target, access, &self.iovs, request.offset_bytes + done)?;
+            done += progress(target, access, n)?;
         }
         Ok(())
     }
 
-    fn bounced<T>(&mut self, target: &Target, op: Op, request: &Request<T>) -> Outcome {
+    fn bounced<T>(&mut self, target: &Target, access: Access, request: &Request<T>) -> Outcome {
         let mut done = 0;
         while done < request.len_bytes {
             let chunk = (request.len_bytes - done).min(BOUNCE_BYTES as u64) as usize;
-            if op == Op::Write {
+            if access != Access::Read {
                 request.iovs.gather(done as usize, &mut self.bounce.as_mut_slice()[..chunk]);
             }
-            self.chunk(target, op, request.offset_bytes + done, chunk)?;
-            if op == Op::Read {
+            self.chunk(target, access, request.offset_bytes + done, chunk)?;
+            if access == Access::Read {
                 request.iovs.scatter(done as usize, &self.bounce.as_mut_slice()[..chunk]);
             }
             done += chunk as u64;
@@ -135,20 +143,20 @@ impl Transfer {
     }
 
     /// Moves the first `len` bytes of the bounce buffer, all of them.
-    fn chunk(&mut self, target: &Target, op: Op, offset_bytes: u64, len: usize) -> Outcome {
+    fn chunk(&mut self, target: &Target, access: Access, offset_bytes: u64, len: usize) -> Outcome {
         let mut done = 0;
         while done < len {
             self.iovs.clear();
             self.iovs.push_slice(&mut self.bounce.as_mut_slice()[done..len]);
-            let n = call(target, op, &self.iovs, offset_bytes + done as u64)?;
-            done += progress(target, op, n)? as usize;
+            let n = call(target, access, &self.iovs, offset_bytes + done as u64)?;
+            done += progress(target, access, n)? as usize;
         }
         Ok(())
     }
 
     fn read_parts<T>(&mut self, target: &Target, request: &Request<T>) -> Outcome {
         for part in pages(request.offset_bytes, request.len_bytes, target.file().offset_align_bytes() as u64) {
-            self.chunk(target, Op::Read, part.page_start, part.pages_len)?;
+            self.chunk(target, Access::Read, part.page_start, part.pages_len)?;
             let bytes = &self.bounce.as_mut_slice()[part.lead..part.lead + part.len];
             request.iovs.scatter(part.done, bytes);
         }
@@ -159,6 +167,7 @@ impl Transfer {
     fn write_parts(
         &mut self,
         target: &Target,
+        access: Access,
         offset_bytes: u64,
         len_bytes: u64,
         data: Option<(&IoVecs, usize)>,
@@ -167,13 +176,13 @@ impl Transfer {
         for part in pages(offset_bytes, len_bytes, align as u64) {
             let tail_page = part.pages_len - align;
             let tail_is_partial = part.lead + part.len != part.pages_len;
-            // `chunk` works on the front of the buffer: the last page goes through there to its place, then comes the first.
+            // `chunk` works on the front of the buffer: read the tail page there, move it into place, then read the head page.
             if tail_page != 0 && tail_is_partial {
-                self.chunk(target, Op::Read, part.page_start + tail_page as u64, align)?;
+                self.chunk(target, Access::Read, part.page_start + tail_page as u64, align)?;
                 self.bounce.as_mut_slice().copy_within(..align, tail_page);
             }
             if part.lead != 0 || (tail_page == 0 && tail_is_partial) {
-                self.chunk(target, Op::Read, part.page_start, align)?;
+                self.chunk(target, Access::Read, part.page_start, align)?;
             }
             let patch = &mut self.bounce.as_mut_slice()[part.lead..part.lead + part.len];
             match data {
@@ -182,7 +191,7 @@ impl Transfer {
                 }
                 None => patch.fill(0),
             }
-            self.chunk(target, Op::Write, part.page_start, part.pages_len)?;
+            self.chunk(target, access, part.page_start, part.pages_len)?;
         }
         Ok(())
     }
@@ -193,25 +202,48 @@ impl Transfer {
         let (start, end) = (request.offset_bytes, request.end_bytes());
         let (first, last) = (start.next_multiple_of(align), end - end % align);
         if first >= last {
-            return self.write_parts(target, start, end - start, None);
+            return self.write_parts(target, Access::Write, start, end - start, None);
         }
         if start < first {
-            self.write_parts(target, start, first - start, None)?;
+            self.write_parts(target, Access::Write, start, first - start, None)?;
         }
         if last < end {
-            self.write_parts(target, last, end - last, None)?;
+            self.write_parts(target, Access::Write, last, end - last, None)?;
         }
+        // Under a group lock fallocate would wait for that lock for ever.
+        let permit = target.guard().unlocked().ok_or(libc::EOPNOTSUPP)?;
         match request.op {
-            Op::Unmap => target.file().punch(first, last - first),
-            _ => target.zero_pages(first, last - first),
+            Op::Unmap => target.file().punch(permit, first, last - first),
+            _ => target.zero_pages(permit, first, last - first),
         }
     }
 }
 
-fn call(target: &Target, op: Op, iovs: &IovList, offset_bytes: u64) -> Result<usize, i32> {
-    match op {
-        Op::Read => target.file().read_at(iovs, offset_bytes),
-        _ => target.file().write_at(iovs, offset_bytes),
+/// What a call does with the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Read,
+    Write,
+    /// What is written is on stable storage when the call returns.
+    WriteDurably,
+}
+
+impl Access {
+    fn of<T>(request: &Request<T>) -> Self {
+        match (request.op, request.fua) {
+            (Op::Read, _) => Access::Read,
+            (_, true) => Access::WriteDurably,
+            (_, false) => Access::Write,
+        }
+    }
+}
+
+fn call(target: &Target, access: Access, iovs: &IovList, offset_bytes: u64) -> Result<usize, i32> {
+    match access {
+        Access::Read => target.file().read_at(iovs, offset_bytes),
+        Access::Write | Access::WriteDurably => {
+            target.file().write_at(iovs, offset_bytes, access == Access::WriteDurably)
+        }
     }
 }
 
@@ -219,10 +251,10 @@ fn call(target: &Target, op: Op, iovs: &IovList, offset_bytes: u64) -> Result<us
 ///
 /// # Errors
 /// EIO when that is nothing. For a read this is the end of the file, inside the device: zeroes would be a lie.
-fn progress(target: &Target, op: Op, n: usize) -> Result<u64, i32> {
+fn progress(target: &Target, access: Access, n: usize) -> Result<u64, i32> {
     let whole = n - n % target.file().offset_align_bytes();
     if whole == 0 {
-        if op == Op::Read {
+        if access == Access::Read {
             target.set_damage(Damage::Truncated);
         }
         return Err(libc::EIO);

@@ -5,32 +5,32 @@
 //! reads to memory that direct I/O does not take go there from the start. So there is one place that continues and explains. Short
 //! writes from such memory are copied and stay: a copy is cheaper than a hand-over.
 //!
-//! A thread that submits more than it can has a second, polled ring, and the kernel's thread behind that takes a part (balance.rs).
+//! Where an operator has granted processors for it (`sqpoll_cpus`), a thread has a second, polled ring, and half of every batch goes
+//! there.
 
-use super::balance::{Balance, Help, LOAD, Load};
 use super::request::{Op, Request};
 use crate::os::bell::Bell;
 use crate::os::bounce::{BouncePool, Slot};
-use crate::os::clock::{self, Ticks};
+use crate::os::clock::Ticks;
 use crate::os::queue::{List, Placed};
-use crate::os::ring::{Batch, Features, Ring, RingOptions};
-use std::os::fd::AsFd;
-use std::os::fd::BorrowedFd;
+use crate::os::ring::{Access, Batch, Features, Ring, RingOptions};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::ThreadId;
 
 /// How many I/O of one thread the kernel gets at a time; more wait here.
 const ENTRIES: u32 = 512;
+/// How many are handed over in one poll: the reactor has other things to do, and one costs some 0.7 us (docs/performance.md).
+const BATCH: usize = 128;
 
 /// How a thread's ring is made.
 #[derive(Debug, Clone, Default)]
 pub struct UringOptions {
-    /// The thread that makes it is the only one that will ever use it.
-    pub one_thread: bool,
     /// Where the kernel's threads may not be.
     pub reactor_cpus: Vec<u32>,
-    /// Whether one of them may help to submit.
-    pub help: Help,
+    /// Processors that the kernel's threads may poll on. None: there is no polled ring.
+    pub sqpoll_cpus: Vec<u32>,
 }
 
 /// What other threads may know of a ring, for statistics.
@@ -58,11 +58,18 @@ pub struct Uring<T> {
     ring: Ring,
     /// A second one, of the kernel's thread.
     polled: Option<Ring>,
-    balance: Balance,
     flights: Flights<T>,
     waiting: List<Request<T>>,
+    /// The places of what was pushed to `ring`; the last of them may not be taken by the kernel yet.
+    pushed: Vec<u32>,
+    /// What a ring that failed has given back: for the workers.
+    returned: List<Request<T>>,
     files: Vec<bool>,
-    troubled: bool,
+    reactor_cpus: Vec<u32>,
+    /// The thread that used it last.
+    user: Option<ThreadId>,
+    /// The kernel refuses it: everything goes to the workers.
+    broken: bool,
 }
 
 /// The requests that the kernel has, each in a place.
@@ -80,14 +87,18 @@ struct Flight<T> {
 }
 
 impl<T> Uring<T> {
-    /// Makes the current thread's ring; its completions ring `bell`, for a thread that sleeps.
+    /// Makes a ring, for whatever thread will use it; its completions ring `bell`, for a thread that sleeps. Takes some milliseconds (it
+    /// pins SPDK's memory): not for a reactor.
     ///
     /// # Errors
     /// The errno of making it: ENOSYS or EPERM where kernel or sandbox have no io_uring, or cannot ring.
     pub fn new(options: &UringOptions, bell: Option<&Bell>) -> Result<Self, i32> {
-        let UringOptions { one_thread, ref reactor_cpus, help } = *options;
-        let of = |entries| RingOptions { entries, one_thread, reactor_cpus: reactor_cpus.clone() };
-        let mut ring = Ring::new(&of(ENTRIES))?;
+        let ring_options = RingOptions {
+            entries: ENTRIES,
+            reactor_cpus: options.reactor_cpus.clone(),
+            sqpoll_cpus: options.sqpoll_cpus.clone(),
+        };
+        let mut ring = Ring::new(&ring_options)?;
         if !ring.features().files {
             return Err(libc::ENOSYS);
         }
@@ -96,17 +107,20 @@ impl<T> Uring<T> {
         }
         ring.register_hugepages();
         let mut polled = None;
-        // (A reactor that may sleep is there to save processors.)
-        if help != Help::Off && bell.is_none() {
-            match Ring::new_polled(&of(ENTRIES)) {
+        // A reactor that may sleep is there to save processors.
+        if !options.sqpoll_cpus.is_empty() && bell.is_none() {
+            match Ring::new_polled(&ring_options) {
                 Ok(mut ring) => {
                     ring.register_hugepages();
                     polled = Some(ring);
                 }
-                Err(errno) => tracing::debug!("no polled ring: {}", crate::error::reason(errno)),
+                Err(errno) => tracing::warn!(
+                    "sqpoll_cpus {:?}: no polled ring, going on without: {}",
+                    options.sqpoll_cpus,
+                    crate::error::reason(errno)
+                ),
             }
         }
-        let help = if polled.is_some() { help } else { Help::Off };
         let flights = Flights {
             bounce: BouncePool::new().map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))?,
             places: std::iter::repeat_with(|| None).take(ENTRIES as usize).collect(),
@@ -116,8 +130,18 @@ impl<T> Uring<T> {
                 helped: AtomicU64::new(0),
             }),
         };
-        let (balance, waiting, files) = (Balance::new(help), List::default(), Vec::new());
-        Ok(Uring { ring, polled, balance, flights, waiting, files, troubled: false })
+        Ok(Uring {
+            ring,
+            polled,
+            flights,
+            waiting: List::default(),
+            pushed: Vec::with_capacity(2 * ENTRIES as usize),
+            returned: List::default(),
+            files: Vec::new(),
+            reactor_cpus: options.reactor_cpus.clone(),
+            user: None,
+            broken: false,
+        })
     }
 
     /// Whether this kernel lets us make rings with what the engine needs.
@@ -125,7 +149,7 @@ impl<T> Uring<T> {
     /// # Errors
     /// Why not.
     pub fn probe() -> Result<(), i32> {
-        let ring = Ring::new(&RingOptions { entries: 1, one_thread: true, reactor_cpus: Vec::new() })?;
+        let ring = Ring::new(&RingOptions { entries: 1, reactor_cpus: Vec::new(), sqpoll_cpus: Vec::new() })?;
         if ring.features().files { Ok(()) } else { Err(libc::ENOSYS) }
     }
 
@@ -163,9 +187,16 @@ impl<T> Uring<T> {
         std::iter::once(&mut self.ring).chain(&mut self.polled)
     }
 
-    /// Takes a read or write in, on the file in `slot`; the next [`Uring::enter`] hands it over.
+    /// Whether it takes requests: not any more when the kernel has refused it for good.
+    pub fn works(&self) -> bool {
+        !self.broken
+    }
+
+    /// Takes a read or write in, on the file in `slot`; the next [`Uring::enter`] hands it over. A write has its claim, alone
+    /// ([`Request::claim`]).
     #[inline]
     pub fn submit(&mut self, mut request: Placed<Request<T>>, slot: u32) {
+        debug_assert!(self.works());
         request.port = slot;
         self.waiting.push_back(request);
     }
@@ -173,46 +204,75 @@ impl<T> Uring<T> {
     /// Hands over what was submitted: one system call, and seldom a second that wakes the kernel's thread. Whether it is to be called
     /// again although nothing completes.
     pub fn enter(&mut self) -> bool {
-        LOAD.with_borrow_mut(|load| self.enter_from(load))
+        if self.broken {
+            return false;
+        }
+        let Uring { ring, polled, flights, waiting, .. } = self;
+        let mut again = false;
+        if let Some(ring) = polled {
+            // Half, unless its thread has not taken the last share yet.
+            let mut batch = ring.batch();
+            if waiting.len() > 1 && batch.backlog() == 0 {
+                let gave = flights.hand_over(waiting, &mut batch, (waiting.len() / 2).min(BATCH), |_| {});
+                flights.watch.helped.fetch_add(gave as u64, Ordering::Relaxed);
+            }
+            drop(batch);
+            if ring.in_flight() > 0 {
+                match ring.enter() {
+                    Ok(()) => {}
+                    Err(libc::EBUSY | libc::EAGAIN) => again = true,
+                    Err(errno) => return self.fail_over(errno),
+                }
+            }
+        }
+        if !waiting.is_empty() {
+            let mut batch = ring.batch();
+            if batch.backlog() == 0 {
+                self.pushed.clear();
+            }
+            flights.hand_over(waiting, &mut batch, BATCH, |place| self.pushed.push(place));
+            drop(batch);
+            self.adopt();
+        }
+        match self.ring.enter() {
+            Ok(()) => again || !self.waiting.is_empty(),
+            Err(libc::EBUSY | libc::EAGAIN) => true,
+            Err(errno) => self.fail_over(errno),
+        }
     }
 
-    fn enter_from(&mut self, load: &mut Load) -> bool {
-        let Uring { ring, polled, balance, flights, waiting, troubled, .. } = self;
-        // An I/O alone is not worth two looks at the clock each time.
-        let is_due = balance.is_due();
-        let is_timed = waiting.len() > 1 || is_due;
-        let start = if is_timed { clock::now() } else { 0 };
-        if let Some(ring) = polled
-            && waiting.len() > 1
-            && balance.wants_help(load)
-        {
-            let mut batch = ring.batch();
-            let share = balance.share(load, waiting.len(), batch.backlog(), start);
-            let gave = flights.hand_over(waiting, &mut batch, share);
-            drop(batch);
-            balance.gave(load, gave, start);
-            flights.watch.helped.store(balance.given(), Ordering::Relaxed);
-            try_entering(ring, troubled);
-        } else if let Some(ring) = polled
-            && is_due
-            && ring.in_flight() > 0
-        {
-            // Should waking its thread have failed, there may be nothing else that does it again.
-            try_entering(ring, troubled);
+    /// Notices that another thread uses it than before: SPDK moves its threads.
+    fn adopt(&mut self) {
+        let user = Some(std::thread::current().id());
+        if self.user != user {
+            self.user = user;
+            let cpus = std::mem::take(&mut self.reactor_cpus);
+            self.rings().for_each(|ring| ring.adopt(&cpus));
+            self.reactor_cpus = cpus;
         }
-        let count =
-            if waiting.is_empty() { 0 } else { flights.hand_over(waiting, &mut ring.batch(), balance.budget(load)) };
-        let again = try_entering(ring, troubled);
-        if is_timed {
-            balance.entered(load, count, start, clock::now());
-        } else {
-            load.guess(count);
+    }
+
+    /// Gives the ring up after an error that no retry can mend: what the kernel has not taken goes to the workers, and whatever comes.
+    /// What it has taken completes.
+    #[cold]
+    fn fail_over(&mut self, errno: i32) -> bool {
+        if std::mem::replace(&mut self.broken, true) {
+            return false;
         }
-        again || !waiting.is_empty()
+        tracing::error!("io_uring_enter: {}; the workers do its work from now on", crate::error::reason(errno));
+        let left = self.ring.give_up();
+        for place in self.pushed.split_off(self.pushed.len() - left) {
+            if let Some(request) = self.flights.land(place) {
+                self.returned.push_back(request);
+            }
+        }
+        self.returned.append(&mut self.waiting);
+        false
     }
 
     /// Takes what has completed: into `done` with its result, or into `again` for the workers to execute anew.
     pub fn reap(&mut self, done: &mut List<Request<T>>, again: &mut List<Request<T>>) {
+        again.append(&mut self.returned);
         let Uring { ring, polled, flights, .. } = self;
         for ring in std::iter::once(ring).chain(polled) {
             ring.reap(|place, result| {
@@ -234,23 +294,33 @@ impl<T> Uring<T> {
 
     /// Whether nothing is submitted that has not come back.
     pub fn is_idle(&self) -> bool {
-        self.flights.free.len() == ENTRIES as usize && self.waiting.is_empty()
+        self.flights.free.len() == ENTRIES as usize && self.waiting.is_empty() && self.returned.is_empty()
     }
 }
 
 impl<T> Flights<T> {
-    /// Pushes up to `count` of `waiting`; how many it were. (No more than there are places, and room in the ring.)
-    fn hand_over(&mut self, waiting: &mut List<Request<T>>, batch: &mut Batch<'_>, count: usize) -> usize {
+    /// Pushes up to `count` of `waiting`, no more than there are places, and room in the ring; how many it were.
+    fn hand_over(
+        &mut self,
+        waiting: &mut List<Request<T>>,
+        batch: &mut Batch<'_>,
+        count: usize,
+        mut pushed: impl FnMut(u32),
+    ) -> usize {
         for done in 0..count {
             let Some(&place) = self.free.last() else { return done };
             let Some(request) = waiting.pop_front() else { return done };
             let suits = request.suits_direct_io();
             let copy = if suits { None } else { self.bounce.copy(&request.iovs) };
             let iovs = copy.as_ref().map_or(&request.iovs, |(_, iovs)| iovs);
-            let write = request.op == Op::Write;
+            let access = match (request.op, request.fua) {
+                (Op::Read, _) => Access::Read,
+                (_, true) => Access::WriteDurably,
+                (_, false) => Access::Write,
+            };
             // (What does not suit waits for a slot.)
             let goes = suits || copy.is_some();
-            if !goes || batch.push(write, request.port, iovs, request.offset_bytes, place.into()).is_err() {
+            if !goes || batch.push(access, request.port, iovs, request.offset_bytes, place.into()).is_err() {
                 if let Some((slot, _)) = copy {
                     self.bounce.give_back(slot);
                 }
@@ -258,6 +328,7 @@ impl<T> Flights<T> {
                 return done;
             }
             self.free.pop();
+            pushed(place);
             let age = &self.watch.ages[place as usize];
             age.1.store(request.volume.into(), Ordering::Relaxed);
             age.0.store(request.submitted, Ordering::Relaxed);
@@ -276,20 +347,6 @@ impl<T> Flights<T> {
         self.free.push(place);
         Some(request)
     }
-}
-
-/// Enters a ring; whether that has to be tried again.
-fn try_entering(ring: &mut Ring, troubled: &mut bool) -> bool {
-    match ring.enter() {
-        Ok(()) => return false,
-        Err(libc::EBUSY | libc::EAGAIN) => {}
-        Err(errno) => {
-            if !std::mem::replace(troubled, true) {
-                tracing::error!("io_uring_enter: {}; trying on", crate::error::reason(errno));
-            }
-        }
-    }
-    true
 }
 
 impl<T> Drop for Uring<T> {

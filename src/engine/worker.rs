@@ -1,12 +1,14 @@
 //! What a worker does from its start to its end.
 
+use super::order::Ticket;
 use super::port::Mailbox;
-use super::request::Request;
+use super::request::{Op, Request};
 use super::retry::{Verdict, verdict};
 use super::sched::{FinishedWork, Work};
 use super::threads::{IDLE, NOBODY, Shared};
 use super::transfer::Transfer;
 use crate::os::clock::{self, Ticks};
+use crate::os::iov::IOV_MAX;
 use crate::os::queue::{Batch, List};
 use crate::os::thread;
 use std::sync::Arc;
@@ -39,12 +41,14 @@ impl<T: Send + 'static> Shared<T> {
         };
         self.crew.begin();
         let mut finished: Option<(FinishedWork, Ticks, List<Request<T>>)> = None;
+        // The writes that the last call ended. Reserved, so that no I/O allocates.
+        let mut answered: Vec<Ticket> = Vec::with_capacity(IOV_MAX);
         let mut picks_seen = self.picks.load(Ordering::Relaxed);
         'awake: loop {
             let mut sched = self.sched();
             if let Some((work, took, again)) = finished.take() {
                 let retries = !again.is_empty();
-                if sched.finished(work, took, again) {
+                if sched.finished(work, took, &mut answered, again) {
                     self.quiet.notify_all();
                 }
                 if retries {
@@ -53,6 +57,9 @@ impl<T: Send + 'static> Shared<T> {
                 }
             }
             sched.accept(self.inbox.take_all());
+            if self.claims_changed.swap(false, Ordering::SeqCst) {
+                sched.claims_changed();
+            }
             if sched.is_troubled() {
                 self.attention.notify_one();
             }
@@ -95,6 +102,7 @@ impl<T: Send + 'static> Shared<T> {
                     self.crew.begin();
                 }
                 let again = if all_well { List::default() } else { self.to_try_again(&mut requests, now) };
+                answered.extend(requests.iter_mut().filter_map(|request| request.ticket.take()));
                 answer(&ports, requests);
                 finished = Some((done, now.wrapping_sub(start), again));
                 continue;
@@ -109,14 +117,14 @@ impl<T: Send + 'static> Shared<T> {
             loop {
                 self.crew.sleep(|active| {
                     // A surplus worker sleeps whatever there is to do, as long as another one is active: that one looks again.
-                    let work_for_us = !self.inbox.is_empty() || self.sched().has_ready();
+                    let work_for_us = self.has_news() || self.sched().has_ready();
                     (work_for_us && !(surplus && active > 1)) || self.retire_or_stop()
                 });
                 if self.retire_or_stop() {
                     break 'awake;
                 }
                 self.crew.begin();
-                if !self.inbox.is_empty() || self.sched().has_ready() {
+                if self.has_news() || self.sched().has_ready() {
                     picks_seen = self.picks.load(Ordering::Relaxed);
                     continue 'awake;
                 }
@@ -130,7 +138,8 @@ impl<T: Send + 'static> Shared<T> {
         let (mut answered, mut again) = (List::default(), List::default());
         let budget = Duration::from_millis(self.retry_budget_ms.load(Ordering::Relaxed));
         while let Some(mut request) = requests.pop_front() {
-            if request.errno == 0 || !request.target.on_lustre() {
+            // A failed fdatasync has told all that there is: the next one would say that all is well (rule 4).
+            if request.errno == 0 || request.op == Op::Flush || !request.target.on_lustre() {
                 answered.push_back(request);
                 continue;
             }
@@ -167,7 +176,7 @@ impl<T: Send + 'static> Shared<T> {
         let look = || {
             (0..8).any(|_| {
                 std::hint::spin_loop();
-                !self.inbox.is_empty()
+                self.has_news()
             })
         };
         !surplus && self.crew.spin(look, || clock::now().wrapping_sub(start) < self.spin_ticks && !self.stopping())

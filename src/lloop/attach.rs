@@ -6,8 +6,8 @@ use super::device::Device;
 use super::options::{self, CreateParams, capacity_blocks};
 use super::prepare::{Prepared, prepare};
 use super::state::State;
-use super::{Entry, MODULE, REGISTRY, pool};
-use crate::engine::guard::Standing;
+use super::{Attached, Entry, MODULE, REGISTRY, pool};
+use crate::engine::state::VolumeState;
 use crate::engine::{Target, Volume};
 use crate::error::{Error, Result};
 use crate::os::file::{DirectFile, Identity, OpenOptions};
@@ -17,6 +17,7 @@ use crate::spdk::poller;
 use futures::future::{Either, select};
 use std::collections::BTreeMap;
 use std::pin::pin;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,12 @@ fn with_entries<R>(f: impl FnOnce(&mut BTreeMap<String, Entry>) -> R) -> Result<
 
 fn blocking() -> Result<Blocking> {
     REGISTRY.with(|registry| registry.blocking.clone()).ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
+}
+
+/// Runs `call`, which may block, on another thread; whether that can be done.
+pub fn in_background(call: impl FnOnce() + Send + 'static) -> bool {
+    // A reactor other than the application's asks as well: the way to the other threads is shared.
+    super::blocking().is_some_and(|blocking| blocking.start(call))
 }
 
 /// A name that is reserved until the attach has succeeded.
@@ -79,7 +86,9 @@ impl Reservation {
             for (name, entry) in entries.iter() {
                 let (other, path) = match entry {
                     Entry::Attaching(other) => (*other, None),
-                    Entry::Attached(device, _) => (Some(device.facts().identity), Some(device.params().filename)),
+                    Entry::Attached(Attached { device, .. }) => {
+                        (Some(device.facts().identity), Some(device.params().filename))
+                    }
                 };
                 if other.is_some_and(|other| other.is_same_file(&identity)) {
                     let path = path.filter(|path| path != file.path());
@@ -98,7 +107,8 @@ impl Reservation {
     fn keep(mut self, device: Arc<Device>, handle: BdevHandle) -> Result<String> {
         self.kept = true;
         let name = std::mem::take(&mut self.name);
-        with_entries(|entries| entries.insert(name.clone(), Entry::Attached(device, handle)))?;
+        let attached = Attached { device, handle, resizing: Rc::default() };
+        with_entries(|entries| entries.insert(name.clone(), Entry::Attached(attached)))?;
         Ok(name)
     }
 }
@@ -168,9 +178,9 @@ pub async fn attach(mut params: CreateParams) -> Result<String> {
     }
 }
 
-fn find(name: &str) -> Result<(Arc<Device>, BdevHandle)> {
+fn find(name: &str) -> Result<Attached> {
     with_entries(|entries| match entries.get(name) {
-        Some(Entry::Attached(device, handle)) => Ok((device.clone(), handle.clone())),
+        Some(Entry::Attached(attached)) => Ok(attached.clone()),
         Some(Entry::Attaching(_)) => Err(Error::new(libc::EBUSY, format!("{name} is just being attached; try again"))),
         None => {
             Err(Error::new(libc::ENODEV, format!("there is no lloop device {name}; lloop list shows those there are")))
@@ -178,17 +188,21 @@ fn find(name: &str) -> Result<(Arc<Device>, BdevHandle)> {
     })?
 }
 
-/// What to say when a call took twice `limit`.
+/// What to say when a call took twice `limit`, or too many do.
 fn no_answer(error: Error, params: &CreateParams, limit: Duration) -> Error {
-    if error.errno != libc::ETIMEDOUT {
-        return error;
-    }
-    let message = format!(
-        "{}: its servers have not answered for {} s (locks need all of them); attach it when they are back",
-        params.filename.display(),
-        2 * limit.as_secs()
-    );
-    Error::new(libc::ETIMEDOUT, message)
+    let shown = params.filename.display();
+    let message = match error.errno {
+        libc::ETIMEDOUT => format!(
+            "{shown}: its servers have not answered for {} s (locks need all of them); attach it when they are back",
+            2 * limit.as_secs()
+        ),
+        libc::EAGAIN => format!(
+            "{shown} is not attached: {}. Attach it when the servers are back (stuck_threads in bdev_lloop_get_stats has to go down)",
+            error.message
+        ),
+        _ => return error,
+    };
+    Error::new(error.errno, message)
 }
 
 /// `bdev_lloop_delete`.
@@ -196,7 +210,7 @@ fn no_answer(error: Error, params: &CreateParams, limit: Duration) -> Error {
 /// # Errors
 /// ENODEV; EBUSY when it is open and not forced, or on its way out already.
 pub async fn detach(name: &str, force: bool) -> Result<()> {
-    let (device, handle) = find(name)?;
+    let Attached { device, handle, .. } = find(name)?;
     // Other modules look into every new device (for partitions, logical volumes): that is no use to refuse a detach for, and
     // soon over.
     let patience = Instant::now() + EXAMINE_PATIENCE;
@@ -248,83 +262,86 @@ async fn close_volume(name: &str, volume: Option<Volume<Token>>) {
     }
 }
 
-/// `bdev_lloop_resize`: the new size in bytes. 0 takes the file's.
+/// `bdev_lloop_resize`: the new size in bytes. 0 takes the file's, and no size limit is left.
 ///
 /// # Errors
-/// ENODEV; EINVAL when it would shrink or is no multiple of the block size; EROFS when a read-only file would have to grow;
-/// EFBIG, ENOSPC and their like from the filesystem.
+/// ENODEV; EINVAL when it would shrink or is no multiple of the block size; EBUSY when it is fenced, being detached or being
+/// resized; EROFS when a read-only file would have to grow; EFBIG, ENOSPC and their like from the filesystem.
 pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
-    let (device, handle) = find(name)?;
-    let params = device.params();
-    let shown = params.filename.display().to_string();
-    let refuse = |errno, message: String| Err(Error::new(errno, format!("{name} ({shown}): {message}")));
-    let gone = || Error::new(libc::EBUSY, format!("{name} is being detached"));
+    let Attached { device, handle, resizing } = find(name)?;
+    let shown = device.params().filename.display().to_string();
+    let refuse = |errno, message: &str| Err(Error::new(errno, format!("{name} ({shown}): {message}")));
+    // From the first look at the size to the last change of it: two at a time could shrink the device.
+    let limit = Duration::from_secs(options::current().lock_timeout.into());
+    let _turn = match select(pin!(resizing.lock()), pin!(poller::sleep(limit))).await {
+        Either::Left((turn, _)) => turn,
+        Either::Right(_) => return refuse(libc::EBUSY, "an earlier resize has not ended; try again"),
+    };
     if handle.is_unregistering() {
-        return Err(gone());
+        return refuse(libc::EBUSY, "it is being detached");
     }
+    let params = device.params();
     let block = u64::from(params.block_size);
     if !size_bytes.is_multiple_of(block) {
-        return refuse(libc::EINVAL, format!("size {size_bytes} is no multiple of the block size {block}"));
+        return refuse(libc::EINVAL, &format!("size {size_bytes} is no multiple of the block size {block}"));
     }
     let current_bytes = handle.num_blocks()? * block;
     if size_bytes != 0 && size_bytes < current_bytes {
-        return refuse(
-            libc::EINVAL,
-            format!(
-                "it has {current_bytes} bytes and cannot shrink to {size_bytes}; detach it and attach it with size_limit"
-            ),
+        let message = format!(
+            "it has {current_bytes} bytes and cannot shrink to {size_bytes}; detach it and attach it with size_limit"
         );
+        return refuse(libc::EINVAL, &message);
     }
-    let Some(end_bytes) = params.offset.checked_add(size_bytes).filter(|&end| end <= i64::MAX as u64) else {
-        return refuse(libc::EFBIG, format!("size {size_bytes} is more than a file can have"));
+    let end_bytes = match (size_bytes, params.offset.checked_add(size_bytes)) {
+        (0, _) => None,
+        (_, Some(end)) if end <= i64::MAX as u64 => Some(end),
+        _ => return refuse(libc::EFBIG, &format!("size {size_bytes} is more than a file can have")),
     };
-    let blocking = blocking()?;
-    let target = device.target().ok_or_else(gone)?;
-    let read_only = params.read_only;
-    let file_name = shown.clone();
-    let (file_bytes, align_bytes) = blocking
-        .run(move || {
-            let file = target.file();
-            let mut file_bytes =
-                file.size_bytes().map_err(|e| Error::os(e, format!("asking for the size of {file_name}")))?;
-            if size_bytes != 0 && file_bytes < end_bytes {
-                if read_only {
-                    let message = format!("{file_name} is attached read-only and too short; it cannot be made longer");
-                    return Err(Error::new(libc::EROFS, message));
-                }
-                file.set_size(end_bytes)
-                    .map_err(|e| Error::os(e, format!("making {file_name} {end_bytes} bytes long")))?;
-                file_bytes = end_bytes;
-            }
-            Ok((file_bytes, file.offset_align_bytes() as u64))
-        })
-        .await??;
-    let mut wanted = params.clone();
-    if size_bytes != 0 {
-        wanted.size_limit = if file_bytes > end_bytes { size_bytes } else { 0 };
-    } else if wanted.size_limit > file_bytes.saturating_sub(wanted.offset) {
-        wanted.size_limit = 0;
-    }
-    let num_blocks = capacity_blocks(&wanted, file_bytes, align_bytes)?;
+    let Some(target) = device.target() else { return refuse(libc::EBUSY, "it is being detached") };
+    let file_bytes = blocking()?.run(move || make_long_enough(&target, end_bytes)).await??;
+    let size_limit = if end_bytes.is_some_and(|end| file_bytes > end) { size_bytes } else { 0 };
+    let Some(target) = device.target() else { return refuse(libc::EBUSY, "it is being detached") };
+    let align_bytes = target.file().offset_align_bytes() as u64;
+    let num_blocks = capacity_blocks(&CreateParams { size_limit, ..params }, file_bytes, align_bytes)?;
     let new_bytes = num_blocks * block;
     if new_bytes < current_bytes {
-        return refuse(
-            libc::EINVAL,
-            format!(
-                "the file has become shorter than the device ({current_bytes} bytes), which cannot shrink; give size {current_bytes} to make the file long enough again"
-            ),
+        let message = format!(
+            "the file has become shorter than the device ({current_bytes} bytes), which cannot shrink; give size {current_bytes} to make the file long enough again"
         );
+        return refuse(libc::EINVAL, &message);
     }
     handle.set_num_blocks(num_blocks)?;
-    if size_bytes != 0 {
-        device.set_size_limit(wanted.size_limit);
-    }
-    if let Some(target) = device.target() {
-        target.set_len_bytes(new_bytes);
-        target.clear_damage();
-        target.expect_new_layout();
-    }
+    device.set_size_limit(size_limit);
+    target.set_len_bytes(new_bytes);
+    target.clear_damage();
+    target.expect_new_layout();
     Ok(new_bytes)
+}
+
+/// Makes a file end at `end_bytes` or later, if an end is wanted; its size then. Blocks.
+fn make_long_enough(target: &Target, end_bytes: Option<u64>) -> Result<u64> {
+    let file = target.file();
+    let shown = file.path().display();
+    // Nothing protects a file without its locks: others may be at work on it.
+    match target.state() {
+        VolumeState::Open | VolumeState::Held | VolumeState::Ending => {}
+        VolumeState::Recovering => {
+            let message = format!("{shown}: a lock that was lost is being taken again; try again");
+            return Err(Error::new(libc::EBUSY, message));
+        }
+        VolumeState::Fenced => {
+            let message = format!("{shown} is fenced: its locks are lost; resume the device first");
+            return Err(Error::new(libc::EBUSY, message));
+        }
+    }
+    let file_bytes = file.size_bytes().map_err(|e| Error::os(e, format!("asking for the size of {shown}")))?;
+    let Some(end_bytes) = end_bytes.filter(|&end| end > file_bytes) else { return Ok(file_bytes) };
+    if file.read_only() {
+        let message = format!("{shown} is attached read-only and too short; it cannot be made longer");
+        return Err(Error::new(libc::EROFS, message));
+    }
+    file.set_size(end_bytes).map_err(|e| Error::os(e, format!("making {shown} {end_bytes} bytes long")))?;
+    Ok(end_bytes)
 }
 
 /// `bdev_lloop_resume`.
@@ -333,8 +350,8 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
 /// ENODEV; EINVAL when it is neither fenced nor degraded, or its file is still not what it needs; EBUSY when somebody else holds its
 /// locks.
 pub async fn resume(name: &str) -> Result<()> {
-    let (device, _) = find(name)?;
-    let sick = |target: &Arc<Target>| target.damage().is_some() || target.guard().standing() == Standing::Fenced;
+    let Attached { device, .. } = find(name)?;
+    let sick = |target: &Arc<Target>| target.damage().is_some() || target.state() == VolumeState::Fenced;
     let (Some(target), Some(volume)) = (device.target().filter(sick), device.volume_id()) else {
         return Err(Error::new(
             libc::EINVAL,
@@ -342,7 +359,13 @@ pub async fn resume(name: &str) -> Result<()> {
         ));
     };
     let pool = pool().ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))?;
-    blocking()?.run(move || pool.resume(volume, &target)).await?
+    let shown = device.params().filename.display().to_string();
+    let resume = move || {
+        // A file that cannot be asked for its size is not known to be well.
+        target.file().size_bytes().map_err(|e| Error::os(e, format!("asking for the size of {shown}")))?;
+        pool.resume(volume, &target)
+    };
+    blocking()?.run(resume).await?
 }
 
 /// The devices that statistics are wanted of: one, or all.
@@ -351,10 +374,10 @@ pub async fn resume(name: &str) -> Result<()> {
 /// ENODEV when there is none of that name.
 pub fn devices(name: Option<&str>) -> Result<Vec<Arc<Device>>> {
     match name {
-        Some(name) => find(name).map(|(device, _)| vec![device]),
+        Some(name) => find(name).map(|attached| vec![attached.device]),
         None => with_entries(|entries| {
             let attached = entries.values().filter_map(|entry| match entry {
-                Entry::Attached(device, _) => Some(device.clone()),
+                Entry::Attached(attached) => Some(attached.device.clone()),
                 Entry::Attaching(_) => None,
             });
             attached.collect()

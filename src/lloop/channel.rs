@@ -4,7 +4,7 @@ use super::device::Shared;
 use super::state;
 use crate::engine::stats::Counters;
 use crate::engine::uring::Watch;
-use crate::engine::{Help, Op, Port, Request, Uring, UringOptions, Volume};
+use crate::engine::{Op, Port, Request, Uring, UringOptions, Volume};
 use crate::os::bell::Bell;
 use crate::os::clock::{self, Ticks};
 use crate::os::iov::IoVecs;
@@ -17,12 +17,14 @@ use std::cell::{Cell, RefCell};
 use std::ffi::CStr;
 use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// What comes back with an answer.
 pub struct Token {
     io: Parked,
     counters: Arc<Counters>,
+    device: Arc<Shared>,
 }
 
 /// The per-thread state of all threads.
@@ -45,9 +47,30 @@ struct Inner {
     awaited: Cell<bool>,
     /// Looks after resets where nobody polls without reason.
     reset_timer: RefCell<Option<Poller>>,
-    /// Made when the first device wants it.
-    ring: RefCell<Option<Uring<Token>>>,
+    /// Made, elsewhere, when the first device wants it.
+    ring: RefCell<RingState>,
     resets: RefCell<Vec<Reset>>,
+}
+
+/// A thread's ring. Making one takes milliseconds, so it happens off the reactor; until it is there the workers do everything.
+#[derive(Default)]
+enum RingState {
+    #[default]
+    None,
+    /// Where it will arrive.
+    Coming(Arc<Mutex<Option<Result<Uring<Token>, i32>>>>, Arc<AtomicBool>),
+    There(Uring<Token>),
+    /// It could not be made.
+    Refused,
+}
+
+impl RingState {
+    fn get(&mut self) -> Option<&mut Uring<Token>> {
+        match self {
+            RingState::There(ring) => Some(ring),
+            _ => None,
+        }
+    }
 }
 
 /// How often a target whose reactors sleep looks after resets.
@@ -111,14 +134,17 @@ impl Inner {
             bell.clear();
             self.awaited.set(true);
         }
-        let ring_is_idle = self.ring.borrow().as_ref().is_none_or(Uring::is_idle);
+        let ring_is_idle = match &*self.ring.borrow() {
+            RingState::There(ring) => ring.is_idle(),
+            _ => true,
+        };
         if !self.port.borrow_mut().is_ready() && ring_is_idle && self.resets.borrow().is_empty() {
             self.awaited.set(false);
             return false;
         }
         // The borrow ends before the first completion, whose owner may submit again at once.
         let mut answers = self.port.borrow_mut().reap();
-        if let Some(ring) = self.ring.borrow_mut().as_mut() {
+        if let Some(ring) = self.ring.borrow_mut().get() {
             let mut again = List::default();
             ring.reap(&mut answers, &mut again);
             while let Some(request) = again.pop_front() {
@@ -129,13 +155,21 @@ impl Inner {
         if busy {
             let now = clock::now();
             while let Some(request) = answers.pop_front() {
-                let answer = Request::answer(request);
-                let took = now.saturating_sub(answer.submitted);
-                answer.token.counters.completed(answer.op, answer.len_bytes, answer.result, took);
-                answer.token.io.resume().complete(state::completion(answer.op, answer.result));
+                let answer = self.port.borrow().answer(request);
+                let io = answer.token.io.resume();
+                match answer.op {
+                    Op::Abort if answer.result.is_ok() => io.complete(Completion::Success),
+                    Op::Abort => io.complete(Completion::Failed),
+                    Op::Reset => self.await_reset(io, answer.token.device),
+                    op => {
+                        let took = now.saturating_sub(answer.submitted);
+                        answer.token.counters.completed(op, answer.len_bytes, answer.result, took);
+                        io.complete(state::completion(op, answer.result));
+                    }
+                }
             }
         }
-        let again = self.ring.borrow_mut().as_mut().is_some_and(Uring::enter);
+        let again = self.ring.borrow_mut().get().is_some_and(Uring::enter);
         self.port.borrow_mut().ring();
         self.awaited.set(false);
         if again {
@@ -144,32 +178,64 @@ impl Inner {
         busy | self.poll_resets()
     }
 
-    /// Registers a file with this thread's ring; its slot, or `None` when there is no ring or no slot.
-    fn register(&self, volume: &Volume<Token>) -> Option<u32> {
-        let mut ring = self.ring.borrow_mut();
-        if ring.is_none() {
-            let options = UringOptions {
-                one_thread: thread::STAYS_ON_ITS_CORE,
-                reactor_cpus: thread::reactor_cpus(),
-                help: if super::options::current().sqpoll { Help::Auto } else { Help::Off },
+    /// Has a ring made for this thread, unless there is one.
+    fn want_ring(&self) {
+        let mut state = self.ring.borrow_mut();
+        if !matches!(*state, RingState::None) {
+            return;
+        }
+        let options =
+            UringOptions { reactor_cpus: thread::reactor_cpus(), sqpoll_cpus: super::options::current().sqpoll_cpus };
+        let (place, arrived) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
+        let (there, tell, bell) = (place.clone(), arrived.clone(), self.bell.clone());
+        let made = super::attach::in_background(move || {
+            *there.lock().unwrap_or_else(PoisonError::into_inner) = Some(Uring::new(&options, bell.as_deref()));
+            tell.store(true, Ordering::Release);
+        });
+        *state = if made { RingState::Coming(place, arrived) } else { RingState::Refused };
+    }
+
+    /// Takes the ring that was made, if it has arrived. Whether this thread has one now.
+    fn has_ring(&self) -> bool {
+        let mut state = self.ring.borrow_mut();
+        let RingState::Coming(place, arrived) = &*state else { return matches!(*state, RingState::There(_)) };
+        // Nobody holds the lock once it has arrived.
+        let made = match arrived.load(Ordering::Acquire) {
+            true => place.lock().unwrap_or_else(PoisonError::into_inner).take(),
+            false => return false,
+        };
+        *state = match made {
+            Some(Ok(ring)) => {
+                tracing::debug!("io_uring: {:?}", ring.features());
+                let mut all = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
+                all.retain(|ring| ring.strong_count() > 0);
+                all.push(Arc::downgrade(ring.watch()));
+                RingState::There(ring)
+            }
+            made => {
+                let errno = made.and_then(Result::err).unwrap_or(libc::ENOMEM);
+                tracing::warn!("no io_uring on this thread ({}); using worker threads", crate::error::reason(errno));
+                RingState::Refused
+            }
+        };
+        matches!(*state, RingState::There(_))
+    }
+
+    /// Keeps a reset, for which everything that waited was answered, until what has started is answered, too.
+    fn await_reset(&self, io: BdevIo, device: Arc<Shared>) {
+        let limit = std::time::Duration::from_secs(super::options::current().reset_timeout_s.into());
+        self.resets.borrow_mut().push(Reset { io, device, deadline: clock::now() + clock::to_ticks(limit) });
+        let mut timer = self.reset_timer.borrow_mut();
+        if let (Some(bell), None) = (self.bell.clone(), timer.as_ref()) {
+            let rings = move || {
+                bell.ring();
+                true
             };
-            match Uring::new(&options, self.bell.as_deref()) {
-                Ok(new) => {
-                    tracing::debug!("io_uring: {:?}", new.features());
-                    let mut all = RINGS.lock().unwrap_or_else(PoisonError::into_inner);
-                    all.retain(|ring| ring.strong_count() > 0);
-                    all.push(Arc::downgrade(new.watch()));
-                    *ring = Some(new);
-                }
-                Err(errno) => {
-                    tracing::warn!(
-                        "no io_uring on this thread ({}); using worker threads",
-                        crate::error::reason(errno)
-                    );
-                }
+            match Poller::register(c"lloop_reset", RESET_PERIOD_US, rings) {
+                Ok(poller) => *timer = Some(poller),
+                Err(errno) => tracing::error!("a reset goes unwatched: {}", crate::error::reason(errno)),
             }
         }
-        ring.as_mut()?.add_file(volume.target().file().as_fd())
     }
 
     fn poll_resets(&self) -> bool {
@@ -216,10 +282,21 @@ pub fn ring_counts() -> (usize, u64) {
 pub struct Channel {
     group: PerThreadRef<Group>,
     volume: Arc<Volume<Token>>,
-    /// The device's place in this thread's ring, when it uses that.
-    slot: Option<u32>,
+    /// The device's place in this thread's ring.
+    slot: Cell<Slot>,
     counters: Arc<Counters>,
     device: Arc<Shared>,
+}
+
+/// A device's place in a ring.
+#[derive(Clone, Copy)]
+enum Slot {
+    /// It uses none.
+    None,
+    /// It gets one when the ring is there.
+    Wanted,
+    /// It has this one.
+    Has(u32),
 }
 
 impl Channel {
@@ -230,26 +307,76 @@ impl Channel {
     pub fn open(device: &Arc<Shared>, uring: bool) -> Result<Self, i32> {
         let volume = device.volume().ok_or(libc::ENODEV)?;
         let group = GROUPS.get()?;
-        let slot = if uring { group.inner.register(&volume) } else { None };
+        if uring {
+            group.inner.want_ring();
+        }
+        let slot = Cell::new(if uring { Slot::Wanted } else { Slot::None });
         Ok(Channel { group, volume, slot, counters: device.take_counters(), device: device.clone() })
+    }
+
+    fn token(&self, io: Parked) -> Token {
+        Token { io, counters: self.counters.clone(), device: self.device.clone() }
     }
 
     /// Stages an I/O; the group's next poll hands it over.
     #[inline]
     pub fn submit(&self, op: Op, io: BdevIo, iovs: IoVecs) {
         let (offset, len) = (io.offset_bytes(), io.len_bytes());
+        let fua = op == Op::Write && (io.is_fua() || self.device.writes_durably);
         self.counters.submitted();
-        let request = io.park(|io| {
-            Request::new(op, &self.volume, offset, len, iovs, Token { io, counters: self.counters.clone() })
-        });
-        if let Some(slot) = self.slot
+        let mut request = io.park(|io| Request::new(op, &self.volume, offset, len, iovs, self.token(io)).with_fua(fua));
+        // Everybody claims, wherever it goes then.
+        let alone = request.claim();
+        let inner = &self.group.inner;
+        if let Some(slot) = self.slot()
+            && alone
             && request.suits_a_ring()
-            && let Some(ring) = self.group.inner.ring.borrow_mut().as_mut()
+            && let Some(ring) = inner.ring.borrow_mut().get()
+            && ring.works()
         {
             ring.submit(request, slot);
         } else {
-            self.group.inner.port.borrow_mut().stage(request);
+            inner.port.borrow_mut().stage(request);
         }
+        inner.expect_poll();
+    }
+
+    /// The device's place in this thread's ring, as soon as there are both.
+    #[inline]
+    fn slot(&self) -> Option<u32> {
+        match self.slot.get() {
+            Slot::Has(slot) => Some(slot),
+            Slot::None => None,
+            Slot::Wanted => self.find_slot(),
+        }
+    }
+
+    #[cold]
+    fn find_slot(&self) -> Option<u32> {
+        let inner = &self.group.inner;
+        if !inner.has_ring() {
+            if matches!(*inner.ring.borrow(), RingState::Refused) {
+                self.slot.set(Slot::None);
+            }
+            return None;
+        }
+        let slot = inner.ring.borrow_mut().get()?.add_file(self.volume.target().file().as_fd());
+        self.slot.set(slot.map_or(Slot::None, Slot::Has));
+        slot
+    }
+
+    /// Answers another I/O of this thread, if it has not started, then `io`.
+    pub fn abort(&self, io: BdevIo) {
+        let address = io.abort_target();
+        let request = io.park(|io| Request::abort(&self.volume, address, self.token(io)));
+        self.group.inner.port.borrow_mut().stage(request);
+        self.group.inner.expect_poll();
+    }
+
+    /// Answers everything that has not started, then `io`, when the rest is answered: or as failed when that takes too long.
+    pub fn reset(&self, io: BdevIo) {
+        let request = io.park(|io| Request::new(Op::Reset, &self.volume, 0, 0, IoVecs::EMPTY, self.token(io)));
+        self.group.inner.port.borrow_mut().stage(request);
         self.group.inner.expect_poll();
     }
 
@@ -259,30 +386,11 @@ impl Channel {
         self.counters.completed(op, 0, Err(errno), 0);
         io.complete(state::completion(op, Err(errno)));
     }
-
-    /// Ends `io` when the device has nothing in flight, or as failed when that takes too long.
-    pub fn reset(&self, io: BdevIo) {
-        let limit = std::time::Duration::from_secs(super::options::current().reset_timeout_s.into());
-        let deadline = clock::now() + clock::to_ticks(limit);
-        let inner = &self.group.inner;
-        inner.resets.borrow_mut().push(Reset { io, device: self.device.clone(), deadline });
-        let mut timer = inner.reset_timer.borrow_mut();
-        if let (Some(bell), None) = (inner.bell.clone(), timer.as_ref()) {
-            let rings = move || {
-                bell.ring();
-                true
-            };
-            match Poller::register(c"lloop_reset", RESET_PERIOD_US, rings) {
-                Ok(poller) => *timer = Some(poller),
-                Err(errno) => tracing::error!("a reset goes unwatched: {}", crate::error::reason(errno)),
-            }
-        }
-    }
 }
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        if let (Some(slot), Some(ring)) = (self.slot, self.group.inner.ring.borrow_mut().as_mut()) {
+        if let (Slot::Has(slot), Some(ring)) = (self.slot.get(), self.group.inner.ring.borrow_mut().get()) {
             ring.remove_file(slot);
         }
         self.device.return_counters(&self.counters);

@@ -3,8 +3,8 @@
 use super::channel::{Channel, Token, oldest_in_rings};
 use super::options::CreateParams;
 use super::state::{State, StateCell};
-use crate::engine::guard::Standing;
 use crate::engine::lane::LaneLoad;
+use crate::engine::state::VolumeState;
 use crate::engine::stats::{self, Counters, OPS};
 use crate::engine::{Op, Target, Volume};
 use crate::os::clock::{self, Ticks};
@@ -20,6 +20,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub struct Shared {
     /// Its name.
     pub name: String,
+    /// Every write is to be on stable storage when it is answered: this SPDK does not tell which must be.
+    pub writes_durably: bool,
     volume: Mutex<Option<Arc<Volume<Token>>>>,
     /// One for each thread that has, or had, a channel; with whether one has it now.
     counters: Mutex<Vec<(Arc<Counters>, bool)>>,
@@ -106,6 +108,8 @@ impl Device {
         Device {
             shared: Arc::new(Shared {
                 name: name.to_owned(),
+                // Lustre's servers commit direct writes before they answer.
+                writes_durably: !crate::spdk::HAS_FUA && !target.on_lustre(),
                 volume: Mutex::new(Some(Arc::new(volume))),
                 counters: Mutex::default(),
             }),
@@ -224,7 +228,7 @@ impl Device {
     fn state_name(&self) -> &'static str {
         match self.state() {
             State::Bound => match self.target() {
-                Some(target) if target.guard().standing() == Standing::Fenced => "fenced",
+                Some(target) if target.state() == VolumeState::Fenced => "fenced",
                 Some(target) if target.damage().is_some() => "degraded",
                 _ => State::Bound.name(),
             },
@@ -240,7 +244,7 @@ impl Bdev for Device {
     // (v20.07 asks for every I/O: no lock here.)
     fn supports(&self, io_type: IoType) -> bool {
         match io_type {
-            IoType::Read | IoType::Flush | IoType::Reset => true,
+            IoType::Read | IoType::Flush | IoType::Reset | IoType::Abort => true,
             IoType::Write => self.writable,
             IoType::Unmap => self.discards,
             IoType::WriteZeroes => self.zeroes,
@@ -259,10 +263,20 @@ impl Bdev for Device {
             Some(IoType::Unmap) => Op::Unmap,
             Some(IoType::WriteZeroes) => Op::WriteZeroes,
             Some(IoType::Reset) => return channel.reset(io),
+            Some(IoType::Abort) => return channel.abort(io),
             None => return channel.refuse(Op::Flush, io, libc::EOPNOTSUPP),
         };
         if self.state() != State::Bound {
             return channel.refuse(op, io, libc::ENODEV);
+        }
+        // Only what is offered is done, whoever asks (rule 5). A write to a read-only device is "write protected" by the file's word.
+        let is_offered = match op {
+            Op::Unmap => self.discards,
+            Op::WriteZeroes => self.zeroes,
+            _ => true,
+        };
+        if !is_offered {
+            return channel.refuse(op, io, libc::EOPNOTSUPP);
         }
         let iovs = match op {
             Op::Read | Op::Write => io.iovs(),
@@ -295,7 +309,7 @@ impl Bdev for Device {
             if let Some(group) = target.guard().group() {
                 info["group_id"] = group.get().into();
             }
-            if target.guard().standing() == Standing::Recovering {
+            if target.state() == VolumeState::Recovering {
                 info["lock_state"] = "being taken again".into();
             }
             if let Some(damage) = target.damage() {

@@ -24,6 +24,7 @@ use serde_json::Value;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
+use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -46,7 +47,16 @@ enum Entry {
     /// Its file is being opened; with what the file is, once that is known.
     Attaching(Option<Identity>),
     /// There it is.
-    Attached(Arc<Device>, BdevHandle),
+    Attached(Attached),
+}
+
+/// A device, as the control plane has it.
+#[derive(Clone)]
+struct Attached {
+    device: Arc<Device>,
+    handle: BdevHandle,
+    /// Whoever resizes it holds this: one at a time.
+    resizing: Rc<futures::lock::Mutex<()>>,
 }
 
 /// What the application's thread knows.
@@ -60,9 +70,22 @@ struct Registry {
 static REGISTRY: Owned<Registry> = Owned::new();
 static POOL: Mutex<Option<Pool<Token>>> = Mutex::new(None);
 
+/// The way to other threads, for any reactor.
+static BLOCKING: Mutex<Option<Blocking>> = Mutex::new(None);
+
+/// The way to other threads, while the module runs. Not for the I/O path.
+fn blocking() -> Option<Blocking> {
+    BLOCKING.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
 /// The workers, while the module runs.
 fn pool() -> Option<Pool<Token>> {
     POOL.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// How many file operations have timed out and still go on; each is a thread.
+fn stuck_threads() -> usize {
+    REGISTRY.with(|registry| registry.blocking.stuck()).unwrap_or(0)
 }
 
 /// Keeps the module in a program that does not mention it otherwise; what registers it runs before `main`.
@@ -109,6 +132,7 @@ impl bdev::Module for Lloop {
             let pool = Pool::new(&PoolOptions { reactor_cpus: reactor_cpus.clone(), ..options.pool() })?;
             *POOL.lock().unwrap_or_else(PoisonError::into_inner) = Some(pool);
             let blocking = Blocking::new(reactor_cpus)?;
+            *BLOCKING.lock().unwrap_or_else(PoisonError::into_inner) = Some(blocking.clone());
             let memory = MemoryWatch::new(ring::forget_memory).map_err(|e| Error::os(e, "watching SPDK's memory"))?;
             REGISTRY.put(Registry { entries: RefCell::default(), blocking, _memory: memory });
             GROUPS.register();
@@ -120,11 +144,12 @@ impl bdev::Module for Lloop {
         })
     }
 
-    /// By now the bdev layer has unregistered every device, and [`Device::closed`] is done for each.
+    /// By now the bdev layer has unregistered every device, and [`bdev::Bdev::closed`] is done for each.
     fn fini(done: FiniDone) {
         let Some(registry) = REGISTRY.take() else { return done.report() };
         thread::spawn(async move {
             let pool = POOL.lock().unwrap_or_else(PoisonError::into_inner).take();
+            drop(BLOCKING.lock().unwrap_or_else(PoisonError::into_inner).take());
             if let Some(pool) = pool {
                 let stopped = registry.blocking.run(move || pool.stop(Duration::from_secs(5))).await;
                 if let Err(error) | Ok(Err(error)) = stopped {

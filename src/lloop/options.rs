@@ -2,6 +2,8 @@
 
 use crate::engine::{Care, PoolOptions};
 use crate::error::{Error, Result};
+use crate::os::lustre::group::PROBE_GROUP;
+use crate::os::thread;
 use serde::{Deserialize, Serialize};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -34,8 +36,9 @@ pub struct Options {
     pub lock_check: u32,
     /// A call that takes longer is reported, in seconds, 1 to 3600.
     pub stall_warn: u32,
-    /// Whether a thread of the kernel's submits for a reactor whose time goes by with that. For rings that are made from then on.
-    pub sqpoll: bool,
+    /// Processors that threads of the kernel's may poll on, to take half of each reactor's batches (io_uring's SQPOLL). None: there
+    /// are no such threads. For rings that are made from then on.
+    pub sqpoll_cpus: Vec<u32>,
 }
 
 impl Options {
@@ -50,7 +53,7 @@ impl Options {
         lock_timeout: 30,
         lock_check: 10,
         stall_warn: 30,
-        sqpoll: true,
+        sqpoll_cpus: Vec::new(),
     };
 
     /// What of them the workers need.
@@ -88,6 +91,8 @@ pub struct OptionsChange {
     lock_timeout: Option<u32>,
     lock_check: Option<u32>,
     stall_warn: Option<u32>,
+    sqpoll_cpus: Option<Vec<u32>>,
+    /// Of version 0.1: taken from saved configurations, and without effect.
     sqpoll: Option<bool>,
 }
 
@@ -128,7 +133,15 @@ impl OptionsChange {
         set("lock_timeout", &mut new.lock_timeout, self.lock_timeout, 1, 3600)?;
         set("lock_check", &mut new.lock_check, self.lock_check, 1, 3600)?;
         set("stall_warn", &mut new.stall_warn, self.stall_warn, 1, 3600)?;
-        new.sqpoll = self.sqpoll.unwrap_or(new.sqpoll);
+        if let Some(cpus) = &self.sqpoll_cpus {
+            if let Some(cpu) = cpus.iter().find(|cpu| !thread::is_online(**cpu)) {
+                return Err(Error::new(libc::EINVAL, format!("sqpoll_cpus: this machine has no processor {cpu}")));
+            }
+            new.sqpoll_cpus.clone_from(cpus);
+        }
+        if self.sqpoll.is_some() {
+            tracing::warn!("the option sqpoll has no effect any more; sqpoll_cpus names processors that may poll");
+        }
         *OPTIONS.lock().unwrap_or_else(PoisonError::into_inner) = new.clone();
         Ok(new)
     }
@@ -243,6 +256,11 @@ impl CreateParams {
         }
         if self.group_id.is_some() && !matches!(self.lock, None | Some(LockChoice::Group)) {
             return refuse("group_id goes with lock group".into());
+        }
+        if self.group_id == Some(PROBE_GROUP) {
+            return refuse(format!(
+                "group_id {PROBE_GROUP} is lloop's own, for finding out whether a file is in use; choose another"
+            ));
         }
         if self.group_id.is_some() && self.discard == Some(true) {
             return refuse(

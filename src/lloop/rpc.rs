@@ -2,7 +2,7 @@
 
 use super::channel::ring_counts;
 use super::options::{self, CreateParams, Options, OptionsChange};
-use super::{attach, pool};
+use super::{attach, pool, stuck_threads};
 use crate::error::Result;
 use crate::os::root;
 use crate::spdk::rpc::Method;
@@ -165,6 +165,7 @@ impl Method for GetStats {
         let (rings, sqpoll_ops) = ring_counts();
         Ok(json!({
             "workers": {"started": live, "active": active},
+            "stuck_threads": stuck_threads(),
             "rings": {"open": rings, "sqpoll_ops": sqpoll_ops},
             "devices": devices.iter().map(|device| device.stats(params.histogram)).collect::<Vec<_>>(),
         }))

@@ -58,13 +58,18 @@ impl StateCell {
 pub fn completion(op: Op, result: Result<(), i32>) -> Completion {
     const GENERIC: i32 = 0;
     const MEDIA: i32 = 2;
+    const PATH: i32 = 3;
     let (sct, sc) = match result {
         Ok(()) => return Completion::Success,
         Err(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => (GENERIC, 0x81), // capacity exceeded
         Err(libc::EROFS | libc::EBADF | libc::EPERM) => (GENERIC, 0x20),   // namespace is write protected
         Err(libc::EIO | libc::ENODATA) if op == Op::Read => (MEDIA, 0x81), // unrecovered read error
         Err(libc::EIO) => (MEDIA, 0x80),                                   // write fault
-        Err(_) => (GENERIC, 0x06),                                         // internal error
+        // The device is fenced or on its way out: a host with another path takes that one.
+        Err(libc::ENOLCK | libc::ENODEV | libc::ESHUTDOWN) => (PATH, 0x00), // internal path error
+        Err(libc::ECANCELED) => (GENERIC, 0x07),                            // command abort requested
+        Err(libc::EOPNOTSUPP) => (GENERIC, 0x01),                           // invalid command opcode
+        Err(_) => (GENERIC, 0x06),                                          // internal error
     };
     Completion::Nvme { sct, sc }
 }
@@ -80,5 +85,9 @@ mod tests {
         assert_eq!(completion(Op::Read, Err(libc::EIO)), Completion::Nvme { sct: 2, sc: 0x81 });
         assert_eq!(completion(Op::Flush, Err(libc::EIO)), Completion::Nvme { sct: 2, sc: 0x80 });
         assert_eq!(completion(Op::Write, Err(libc::EROFS)), Completion::Nvme { sct: 0, sc: 0x20 });
+        for path in [libc::ENOLCK, libc::ENODEV, libc::ESHUTDOWN] {
+            assert_eq!(completion(Op::Read, Err(path)), Completion::Nvme { sct: 3, sc: 0 });
+        }
+        assert_eq!(completion(Op::Unmap, Err(libc::EOPNOTSUPP)), Completion::Nvme { sct: 0, sc: 1 });
     }
 }

@@ -6,6 +6,7 @@ use super::lustre::{self, Fid};
 use super::root::{self, OpenError};
 use crate::error::{Error, Result, reason};
 use std::ffi::CString;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -69,6 +70,18 @@ impl Identity {
         const NAMESPACE: uuid::Uuid = uuid::uuid!("6c6c6f6f-7000-5000-8000-6c7573747265");
         let file = self.fid.map_or_else(|| format!("ino {}", self.ino), |fid| format!("fid {fid}"));
         uuid::Uuid::new_v5(&NAMESPACE, format!("{:x} {:016x} {file}", self.fs_magic, self.fs_id).as_bytes())
+    }
+}
+
+/// The word that a file is not under a group lock, which fallocate would wait for, for ever (docs/internals/lustre.md). Only
+/// [`crate::engine::guard`], which takes and gives back group locks, gives it.
+#[derive(Debug, Clone, Copy)]
+pub struct Unlocked<'a>(PhantomData<&'a ()>);
+
+impl Unlocked<'_> {
+    /// To be called by whoever knows that this process holds no group lock on the file.
+    pub(crate) fn known_by_guard() -> Self {
+        Unlocked(PhantomData)
     }
 }
 
@@ -234,15 +247,16 @@ impl DirectFile {
         })
     }
 
-    /// Writes `iovs` from `offset_bytes` on; the bytes written. Blocks.
+    /// Writes `iovs` from `offset_bytes` on; the bytes written. With `durable` they are on stable storage then. Blocks.
     ///
     /// # Errors
     /// The system's errno.
-    pub fn write_at(&self, iovs: &IovList, offset_bytes: u64) -> Result<usize, i32> {
+    pub fn write_at(&self, iovs: &IovList, offset_bytes: u64, durable: bool) -> Result<usize, i32> {
         let (first, count) = iovs.raw();
+        let flags = if durable { libc::RWF_DSYNC } else { 0 };
         retry_interrupted(|| {
             // SAFETY: `iovs` describes memory valid for reads (the invariant of what was pushed into it).
-            unsafe { libc::pwritev2(self.fd.as_raw_fd(), first, count, offset_bytes as libc::off_t, 0) }
+            unsafe { libc::pwritev2(self.fd.as_raw_fd(), first, count, offset_bytes as libc::off_t, flags) }
         })
     }
 
@@ -259,7 +273,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// EOPNOTSUPP where the filesystem cannot; the system's other errnos.
-    pub fn punch(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
+    pub fn punch(&self, _: Unlocked<'_>, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
         self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
     }
 
@@ -267,7 +281,7 @@ impl DirectFile {
     ///
     /// # Errors
     /// As for [`DirectFile::punch`].
-    pub fn zero_range(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
+    pub fn zero_range(&self, _: Unlocked<'_>, offset_bytes: u64, len_bytes: u64) -> Result<(), i32> {
         self.fallocate(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset_bytes, len_bytes)
     }
 
@@ -354,11 +368,11 @@ pub(super) fn retry_interrupted(mut call: impl FnMut() -> isize) -> Result<usize
 }
 
 /// The path by which an open file can be opened once more.
-fn through_proc(fd: BorrowedFd<'_>) -> CString {
+pub(super) fn through_proc(fd: BorrowedFd<'_>) -> CString {
     CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).expect("digits hold no NUL")
 }
 
-fn open_fd(path: &CString, flags: i32) -> Result<OwnedFd, i32> {
+pub(super) fn open_fd(path: &CString, flags: i32) -> Result<OwnedFd, i32> {
     let mut fd = -1;
     retry_interrupted(|| {
         // SAFETY: a NUL-terminated path that outlives the call.

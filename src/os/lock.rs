@@ -4,6 +4,8 @@
 //! other and closing some unrelated descriptor of the file releases nothing (as it would with POSIX locks).
 
 use super::errno;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// What came of asking for a lock.
@@ -17,38 +19,68 @@ pub enum Outcome {
     Unsupported,
 }
 
-/// Whether anybody has a lock.
+/// Where the lock ends. No file is that long; behind it are the markers.
+const END_BYTES: i64 = 1 << 62;
+
+/// A lock on one byte behind the end of any file, at a place of its own (random): what tells our lock from everybody else's. A server
+/// that drops our locks drops all of them, and nobody else takes one just there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Standing {
-    /// Nobody.
-    Free,
-    /// Another open file than the one that was asked through.
-    Taken,
+pub struct Marker(i64);
+
+impl Marker {
+    /// One that nobody has.
+    #[allow(clippy::new_without_default)]
+    pub fn new() -> Self {
+        let random = RandomState::new().build_hasher().finish();
+        // Apart from the lock: the kernel joins neighbours of one owner.
+        Marker(END_BYTES + 1 + (random >> 3) as i64)
+    }
+
+    /// Takes it. A descriptor that cannot be written to has to do with a shared one.
+    ///
+    /// # Errors
+    /// The system's errno.
+    pub fn set(&self, fd: BorrowedFd<'_>, exclusive: bool) -> Result<(), i32> {
+        let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+        call(fd, libc::F_OFD_SETLK, &mut range(kind, self.0, 1))
+    }
+
+    /// Whether it is there: to be asked through another open file than it was set through. Takes none.
+    ///
+    /// # Errors
+    /// The errno of a server that cannot be asked.
+    pub fn is_set(&self, fd: BorrowedFd<'_>) -> Result<bool, i32> {
+        let mut lock = range(libc::F_WRLCK, self.0, 1);
+        call(fd, libc::F_OFD_GETLK, &mut lock)?;
+        // Somebody's lock on a longer range is not ours.
+        Ok(lock.l_type != libc::F_UNLCK as libc::c_short && (lock.l_start, lock.l_len) == (self.0, 1))
+    }
 }
 
-/// Whether any other open file than `fd`'s holds a lock on the file. Takes none.
-///
-/// # Errors
-/// The errno of a server that cannot be asked.
-pub fn standing(fd: BorrowedFd<'_>) -> Result<Standing, i32> {
+/// Gives all locks of the open file back.
+pub fn unlock(fd: BorrowedFd<'_>) {
+    // One that cannot be given back goes with the descriptor.
+    let _ = call(fd, libc::F_OFD_SETLK, &mut range(libc::F_UNLCK, 0, 0));
+}
+
+fn range(kind: i32, start_bytes: i64, len_bytes: i64) -> libc::flock {
+    // SAFETY: an all-zero flock is valid: process id 0 as OFD locks require.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    (lock.l_start, lock.l_len) = (start_bytes, len_bytes);
+    lock
+}
+
+fn call(fd: BorrowedFd<'_>, command: i32, lock: &mut libc::flock) -> Result<(), i32> {
     loop {
-        let mut lock = whole_file(libc::F_WRLCK);
         // SAFETY: the descriptor is open and the structure live.
-        match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } {
-            0 if lock.l_type == libc::F_UNLCK as libc::c_short => return Ok(Standing::Free),
-            0 => return Ok(Standing::Taken),
+        match unsafe { libc::fcntl(fd.as_raw_fd(), command, &mut *lock) } {
+            0 => return Ok(()),
             _ if errno() == libc::EINTR => {}
             _ => return Err(errno()),
         }
     }
-}
-
-fn whole_file(kind: i32) -> libc::flock {
-    // SAFETY: an all-zero flock is valid: from offset 0 to the end, process id 0 as OFD locks require.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = kind as libc::c_short;
-    lock.l_whence = libc::SEEK_SET as libc::c_short;
-    lock
 }
 
 /// Asks for a lock on the whole file: exclusive for a writer, else shared. Does not wait for a holder, but the system call
@@ -57,18 +89,13 @@ fn whole_file(kind: i32) -> libc::flock {
 /// # Errors
 /// The errno of anything but a conflict or missing support.
 pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool) -> Result<Outcome, i32> {
-    let lock = whole_file(if exclusive { libc::F_WRLCK } else { libc::F_RDLCK });
-    loop {
-        // SAFETY: the descriptor is open and the structure live.
-        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &lock) } == 0 {
-            return Ok(Outcome::Held);
-        }
-        match errno() {
-            libc::EINTR => {}
-            libc::EAGAIN | libc::EACCES => return Ok(Outcome::Conflict),
-            libc::ENOSYS | libc::EOPNOTSUPP | libc::ENOLCK | libc::EINVAL => return Ok(Outcome::Unsupported),
-            other => return Err(other),
-        }
+    let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+    match call(fd, libc::F_OFD_SETLK, &mut range(kind, 0, END_BYTES)) {
+        Ok(()) => Ok(Outcome::Held),
+        Err(libc::EAGAIN | libc::EACCES) => Ok(Outcome::Conflict),
+        // ENOLCK and EINVAL are a lock server's that cannot give a lock now: that is not the same.
+        Err(libc::ENOSYS | libc::EOPNOTSUPP) => Ok(Outcome::Unsupported),
+        Err(other) => Err(other),
     }
 }
 
@@ -87,12 +114,33 @@ mod tests {
         let (a, b) = (open(), open());
         assert_eq!(try_lock(a.as_fd(), true), Ok(Outcome::Held));
         assert_eq!(try_lock(b.as_fd(), true), Ok(Outcome::Conflict));
-        assert_eq!((standing(a.as_fd()), standing(b.as_fd())), (Ok(Standing::Free), Ok(Standing::Taken)));
         assert_eq!(try_lock(b.as_fd(), false), Ok(Outcome::Conflict));
         drop(a);
         assert_eq!(try_lock(b.as_fd(), false), Ok(Outcome::Held));
         let c = open();
         assert_eq!(try_lock(c.as_fd(), false), Ok(Outcome::Held));
         assert_eq!(try_lock(c.as_fd(), true), Ok(Outcome::Conflict));
+    }
+
+    #[test]
+    fn a_marker_is_nobody_elses_lock() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(file.path()).unwrap();
+        let (ours, watch, stranger) = (open(), open(), open());
+        let marker = Marker::new();
+        assert_eq!(try_lock(ours.as_fd(), true), Ok(Outcome::Held));
+        assert_eq!(marker.is_set(watch.as_fd()), Ok(false));
+        marker.set(ours.as_fd(), true).unwrap();
+        assert_eq!(marker.is_set(watch.as_fd()), Ok(true));
+        // As a server that evicts us does; then a stranger comes, with a lock like ours or on everything.
+        unlock(ours.as_fd());
+        assert_eq!(try_lock(stranger.as_fd(), true), Ok(Outcome::Held));
+        Marker::new().set(stranger.as_fd(), true).unwrap();
+        assert_eq!(marker.is_set(watch.as_fd()), Ok(false));
+        call(stranger.as_fd(), libc::F_OFD_SETLK, &mut range(libc::F_WRLCK, 0, 0)).unwrap();
+        assert_eq!(marker.is_set(watch.as_fd()), Ok(false), "it covers the marker, and is not it");
+        unlock(stranger.as_fd());
+        assert_eq!(try_lock(ours.as_fd(), true), Ok(Outcome::Held));
+        assert_eq!(marker.is_set(watch.as_fd()), Ok(false), "the lock alone, taken again, vouches for nothing");
     }
 }

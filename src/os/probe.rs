@@ -1,9 +1,10 @@
 //! Finding out what a file can do, and what has become of it.
 
 use super::bounce::BounceBuffer;
-use super::file::{DirectFile, PAGE_BYTES, fstat, retry_interrupted};
+use super::file::{DirectFile, PAGE_BYTES, Unlocked, fstat, open_fd, retry_interrupted, through_proc};
 use super::iov::IovList;
 use super::lustre;
+use super::lustre::group::{PROBE_GROUP, group_lock};
 use crate::error::{Error, Result};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -33,7 +34,7 @@ impl DirectFile {
         };
         match dio_align(self.fd.as_fd()) {
             Some((0, _) | (_, 0)) => return Err(refuse()),
-            // Lustre says nothing here; should it ever, whole pages are what every version takes (facts/lustre.md).
+            // Lustre says nothing here; should it ever, whole pages are what every version takes (docs/internals/lustre.md#alignment).
             Some((offset, memory)) if self.identity.fs_magic != lustre::CLIENT_MAGIC => {
                 self.align.offset_bytes = offset.max(512);
                 self.align.memory_bytes = memory;
@@ -78,39 +79,57 @@ impl DirectFile {
         }
     }
 
-    /// Whether holes can be punched, tried out where it changes nothing: far behind the file's end. Blocks.
-    pub fn can_punch(&self) -> bool {
+    /// Whether anybody else holds a group lock on this file of Lustre. Takes one itself for a moment, on an open file of its own.
+    /// Never waits for another group; blocks as long as an OST of the file does not answer.
+    ///
+    /// # Errors
+    /// The system's errno.
+    pub fn is_group_locked(&self) -> Result<bool, i32> {
+        let flags = libc::O_RDONLY | libc::O_NOCTTY | libc::O_NONBLOCK;
+        let probe = open_fd(&through_proc(self.fd.as_fd()), flags)?;
+        // Closing `probe` gives the lock back.
+        match group_lock(probe.as_fd(), PROBE_GROUP) {
+            Ok(()) => Ok(false),
+            Err(libc::EAGAIN) => Ok(true),
+            // Where there are no group locks nobody holds one.
+            Err(libc::ENOTTY | libc::ENOSYS | libc::EOPNOTSUPP) => Ok(false),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Whether holes can be punched, tried out where it changes nothing: far behind the file's end. On Lustre it waits for
+    /// everybody's group locks: ask [`DirectFile::is_group_locked`] first. Blocks.
+    pub fn can_punch(&self, permit: Unlocked<'_>) -> bool {
         const FAR_BYTES: u64 = 1 << 30;
         match self.size_bytes() {
             Ok(size) if !self.read_only && size < i64::MAX as u64 - 2 * FAR_BYTES => {
-                self.punch((size + FAR_BYTES) & !(FAR_BYTES - 1), PAGE_BYTES as u64).is_ok()
+                self.punch(permit, (size + FAR_BYTES) & !(FAR_BYTES - 1), PAGE_BYTES as u64).is_ok()
             }
             _ => false,
         }
     }
 
-    /// Reads the first page and forgets it. Blocks.
+    /// Reads a page and forgets it. Blocks.
     ///
     /// # Errors
     /// The system's errno.
-    pub fn trial_read(&self) -> Result<(), i32> {
+    pub fn trial_read(&self, offset_bytes: u64) -> Result<(), i32> {
         let mut buffer = BounceBuffer::new(self.align.offset_bytes).map_err(|_| libc::ENOMEM)?;
         let mut iovs = IovList::default();
         iovs.push_slice(buffer.as_mut_slice());
-        self.read_at(&iovs, 0).map(drop)
+        self.read_at(&iovs, offset_bytes).map(drop)
     }
 
     /// Whether the path still leads to this file. Blocks.
     pub fn path_state(&self) -> PathState {
         use std::os::unix::fs::MetadataExt;
-        if fstat(self.fd.as_fd()).is_ok_and(|stat| stat.st_nlink == 0) {
-            return PathState::Removed;
-        }
         match std::fs::metadata(&self.path) {
             Ok(meta) if (meta.dev(), meta.ino()) == (self.identity.dev, self.identity.ino) => PathState::Same,
+            // Also when the file has no name left: another one was renamed over it.
             Ok(_) => PathState::Replaced,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => PathState::Removed,
-            // Who cannot look cannot tell.
+            // Who cannot look there can still see whether the file has a name.
+            Err(_) if fstat(self.fd.as_fd()).is_ok_and(|stat| stat.st_nlink == 0) => PathState::Removed,
             Err(_) => PathState::Same,
         }
     }

@@ -59,6 +59,11 @@ impl<T> Placed<T> {
         unsafe { ptr::read(&raw const (*node.as_ptr()).value) }
     }
 
+    /// Where it lies: its name for whoever looks for it later.
+    pub fn address(this: &Self) -> usize {
+        this.0.as_ptr() as usize
+    }
+
     fn into_raw(self) -> NonNull<Node<T>> {
         let node = self.0;
         std::mem::forget(self);
@@ -176,6 +181,15 @@ impl<T> List<T> {
         self.tail = other.tail;
         self.len += other.len;
         std::mem::forget(other);
+    }
+
+    /// Takes out the values that are `wanted`, in their order.
+    pub fn extract(&mut self, mut wanted: impl FnMut(&Placed<T>) -> bool) -> List<T> {
+        let (mut all, mut out) = (std::mem::take(self), List::default());
+        while let Some(value) = all.pop_front() {
+            if wanted(&value) { out.push_back(value) } else { self.push_back(value) }
+        }
+        out
     }
 
     /// Its values, oldest first.

@@ -3,12 +3,15 @@
 use super::thread::run_anywhere_but;
 use crate::error::{Error, Result};
 use futures::channel::oneshot;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 /// The most calls in progress; each is a thread. A hanging server must not eat all of the machine's.
 const MAX_CALLS: usize = 128;
+
+/// The most calls that go on after their callers have stopped waiting for them. Each is a thread that nobody can end.
+const MAX_STUCK: usize = 32;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -17,6 +20,38 @@ type Job = Box<dyn FnOnce() + Send>;
 pub struct Blocking {
     jobs: mpsc::Sender<Job>,
     in_progress: Arc<AtomicUsize>,
+    stuck: Arc<AtomicUsize>,
+}
+
+/// How a call stands that its caller waits for only so long.
+struct Fate {
+    state: AtomicU8,
+    stuck: Arc<AtomicUsize>,
+}
+
+const WAITED_FOR: u8 = 0;
+const GIVEN_UP: u8 = 1;
+const RETURNED: u8 = 2;
+
+impl Fate {
+    /// The caller has stopped waiting: the call counts as stuck until it returns.
+    fn give_up(&self) {
+        self.stuck.fetch_add(1, Ordering::Relaxed);
+        if self.state.swap(GIVEN_UP, Ordering::Relaxed) == RETURNED {
+            self.stuck.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Says that a call has returned, also when it has panicked.
+struct Returns(Arc<Fate>);
+
+impl Drop for Returns {
+    fn drop(&mut self) {
+        if self.0.state.swap(RETURNED, Ordering::Relaxed) == GIVEN_UP {
+            self.0.stuck.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Blocking {
@@ -38,7 +73,17 @@ impl Blocking {
         };
         let started = std::thread::Builder::new().name("lloop-calls".into()).spawn(dispatch);
         started.map_err(|e| Error::os(e.raw_os_error().unwrap_or(libc::EAGAIN), "starting a thread"))?;
-        Ok(Blocking { jobs, in_progress: Arc::default() })
+        Ok(Blocking { jobs, in_progress: Arc::default(), stuck: Arc::default() })
+    }
+
+    /// How many calls go on after their callers have stopped waiting for them.
+    pub fn stuck(&self) -> usize {
+        self.stuck.load(Ordering::Relaxed)
+    }
+
+    /// Runs `call` on a thread of its own; nobody waits for it. False when the dispatcher has ended.
+    pub fn start(&self, call: impl FnOnce() + Send + 'static) -> bool {
+        self.jobs.send(Box::new(call)).is_ok()
     }
 
     /// Runs `call` on a thread of its own. When the caller stops waiting, the call goes on and its result is dropped there.
@@ -74,19 +119,33 @@ impl Blocking {
     /// As [`Blocking::run`], but waits no longer than `limit`. The call goes on after that, and its result is dropped there.
     ///
     /// # Errors
-    /// ETIMEDOUT; those of [`Blocking::run`].
+    /// ETIMEDOUT; EAGAIN also when too many earlier calls have timed out and still go on; those of [`Blocking::run`].
     pub async fn run_within<R: Send + 'static>(
         &self,
         limit: Duration,
         call: impl FnOnce() -> R + Send + 'static,
     ) -> Result<R> {
+        let stuck = self.stuck();
+        if stuck >= MAX_STUCK {
+            let message = format!("{stuck} earlier calls have timed out and are still waiting for their servers");
+            return Err(Error::new(libc::EAGAIN, message));
+        }
+        let fate = Arc::new(Fate { state: AtomicU8::new(WAITED_FOR), stuck: self.stuck.clone() });
         self.run(move || {
             let (sender, receiver) = mpsc::sync_channel(1);
+            let returns = Returns(fate.clone());
             // (The call counts for as long as it is waited for: the caller can start no more than so many a time.)
-            let worker = std::thread::Builder::new().name("lloop-call".into()).spawn(move || sender.send(call()));
+            let worker = std::thread::Builder::new().name("lloop-call".into()).spawn(move || {
+                let _returns = returns;
+                // (A result that nobody waits for is dropped here. That can block, too.)
+                let _ = sender.send(call());
+            });
             worker.map_err(|e| Error::os(e.raw_os_error().unwrap_or(libc::EAGAIN), "starting a thread"))?;
             receiver.recv_timeout(limit).map_err(|e| match e {
-                mpsc::RecvTimeoutError::Timeout => Error::new(libc::ETIMEDOUT, format!("no answer for {limit:?}")),
+                mpsc::RecvTimeoutError::Timeout => {
+                    fate.give_up();
+                    Error::new(libc::ETIMEDOUT, format!("no answer for {limit:?}"))
+                }
                 mpsc::RecvTimeoutError::Disconnected => {
                     Error::new(libc::EFAULT, "a blocking call has failed, see the log")
                 }
@@ -109,6 +168,29 @@ mod tests {
         assert_eq!(error.errno, libc::EFAULT);
         assert_eq!(block_on(blocking.run(|| 1)), Ok(1));
         assert_eq!(blocking.in_progress.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn calls_that_nobody_waits_for_are_counted_and_bounded() {
+        let blocking = Blocking::new(Vec::new()).unwrap();
+        let (release, wait) = mpsc::channel::<()>();
+        let wait = Arc::new(std::sync::Mutex::new(wait));
+        for stuck in 1..=MAX_STUCK {
+            let wait = wait.clone();
+            let call = move || wait.lock().unwrap().recv().is_err();
+            let error = block_on(blocking.run_within(Duration::from_millis(1), call)).unwrap_err();
+            assert_eq!((error.errno, blocking.stuck()), (libc::ETIMEDOUT, stuck));
+        }
+        assert_eq!(block_on(blocking.run_within(Duration::from_secs(60), || 1)).unwrap_err().errno, libc::EAGAIN);
+        assert_eq!(block_on(blocking.run(|| 1)), Ok(1), "closing files goes on");
+        drop(release);
+        let start = std::time::Instant::now();
+        while blocking.stuck() > 0 {
+            assert!(start.elapsed() < Duration::from_secs(30), "{} are stuck", blocking.stuck());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(block_on(blocking.run_within(Duration::from_secs(60), || 1)), Ok(1));
+        assert_eq!(blocking.stuck(), 0);
     }
 
     #[test]

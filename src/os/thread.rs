@@ -42,7 +42,7 @@ pub fn processors_but(excluded: &[u32]) -> usize {
 }
 
 /// The processors that this process may use, without those in `excluded`, and no more of them than a quota (`cpu.max`) leaves time for.
-pub(super) fn cpus_but(excluded: &[u32]) -> Vec<u32> {
+fn cpus_but(excluded: &[u32]) -> Vec<u32> {
     let (allowed, at_once) = allowed_cpus();
     within_quota(&allowed, at_once, excluded)
 }
@@ -81,6 +81,11 @@ fn allowed_cpus() -> (Vec<u32>, usize) {
 
 fn online_cpus() -> Vec<u32> {
     parse_cpu_list(&std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default())
+}
+
+/// Whether the machine has this processor, and it is in use.
+pub fn is_online(cpu: u32) -> bool {
+    online_cpus().contains(&cpu)
 }
 
 fn set_affinity(set: &CpuSet) -> bool {

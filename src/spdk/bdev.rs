@@ -132,7 +132,7 @@ unsafe extern "C" fn submit<D: Bdev>(channel: *mut sys::spdk_io_channel, io: *mu
         let (range, block) = unsafe { (&raw.u.bdev, (*raw.bdev).blocklen) };
         // SAFETY: where there is an array it has an element.
         if range.iovs.is_null() || unsafe { (*range.iovs).iov_base.is_null() } {
-            // The reader leaves the memory to us. (Larger than the pool's buffers, it fails there: facts/spdk.md, trap 1.)
+            // The reader leaves the memory to us. (Larger than the pool's buffers, it fails there: docs/internals/spdk.md#alignment.)
             // SAFETY: a read that was just submitted.
             unsafe { sys::spdk_bdev_io_get_buf(io, Some(got_buffer::<D>), range.num_blocks * u64::from(block)) };
             return;

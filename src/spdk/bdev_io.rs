@@ -3,6 +3,7 @@
 use crate::os::iov::IoVecs;
 use crate::os::queue::{Node, Placed};
 use spdk_sys as sys;
+use spdk_sys::compat;
 use spdk_sys::{spdk_bdev_io_status as status, spdk_bdev_io_type as kind};
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -26,6 +27,8 @@ pub enum IoType {
     Reset,
     /// Make the range read as zeroes.
     WriteZeroes,
+    /// Give up on another I/O of the same channel, if it has not started.
+    Abort,
 }
 
 impl IoType {
@@ -37,6 +40,7 @@ impl IoType {
             kind::SPDK_BDEV_IO_TYPE_FLUSH => IoType::Flush,
             kind::SPDK_BDEV_IO_TYPE_RESET => IoType::Reset,
             kind::SPDK_BDEV_IO_TYPE_WRITE_ZEROES => IoType::WriteZeroes,
+            kind::SPDK_BDEV_IO_TYPE_ABORT => IoType::Abort,
             _ => return None,
         })
     }
@@ -100,7 +104,7 @@ impl BdevIo {
 
     /// First block.
     pub fn offset_blocks(&self) -> u64 {
-        // SAFETY: every type of IoType but Reset uses this member of the union, and its bytes are valid for any.
+        // SAFETY: every type of IoType but Reset and Abort uses this member of the union, and its bytes are valid for any.
         unsafe { self.raw().u.bdev.offset_blocks }
     }
 
@@ -127,6 +131,19 @@ impl BdevIo {
             let range = &self.raw().u.bdev;
             IoVecs::from_raw(range.iovs, range.iovcnt as usize)
         }
+    }
+
+    /// Whether a write is to be on stable storage when it is completed (FUA).
+    pub fn is_fua(&self) -> bool {
+        // SAFETY: a live I/O; of another type than a write the answer is not used.
+        self.io_type() == Some(IoType::Write) && unsafe { compat::bdev_io_is_fua(self.raw()) }
+    }
+
+    /// Where the I/O that an abort means was parked ([`Placed::address`]), if it was.
+    pub fn abort_target(&self) -> usize {
+        // SAFETY: an abort has this member of the union, and what it names is an I/O of the same channel that is not completed. Only
+        // an address is made of it.
+        unsafe { (&raw const (*self.raw().u.abort.bio_to_abort).driver_ctx) as usize }
     }
 
     /// Puts the I/O away, in its own context memory, as part of what `make` makes of it.

@@ -15,6 +15,7 @@ pub mod poller;
 pub mod rpc;
 pub mod thread;
 
+pub use spdk_sys::compat::HAS_FUA;
 pub use spdk_sys::{SPDK_DIR, SPDK_VERSION};
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

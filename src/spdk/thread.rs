@@ -203,9 +203,6 @@ pub fn spawn(future: impl Future<Output = ()> + 'static) {
     task.run();
 }
 
-/// Whether an SPDK thread stays on one system thread for good.
-pub const STAYS_ON_ITS_CORE: bool = !sys::compat::THREADS_MOVE;
-
 /// The processors that reactors run on.
 pub fn reactor_cpus() -> Vec<u32> {
     // SAFETY: reads the environment's list of cores; the end is marked by UINT32_MAX.

@@ -12,10 +12,14 @@
 //!   and the next fsync fails with EIO
 //! - `evict_mds=N`: record locks are lost, and the next question for one fails with EIO
 //!
+//! Of calls that are no I/O:
+//! - `stat_error=ERRNO`: fstat fails; `lock_error=ERRNO`: nobody gets a record lock; `truncate_us=N`: a truncate takes that much longer
+//!
 //! How the filesystem is:
 //! - `stripes=COUNT:SIZE`: which OST has which bytes, where BACKING.lov does not tell; `osts=N`: how many there are (4)
 //! - `no_fallocate`: as on ZFS servers; `fid=N`: another file stands there now; `ignore_setstripe` (the defaults
-//!   instead), `skip_setstripe` (nothing yet), `ignore_pool`: what some sites do with new files
+//!   instead), `skip_setstripe` (nothing yet), `ignore_pool`, `default_dom` (a default layout with its
+//!   first part on the metadata server): what some sites do with new files
 
 use crate::layout::Map;
 use std::os::unix::fs::MetadataExt;
@@ -97,6 +101,10 @@ pub struct Faults {
     pub ignore_setstripe: bool,
     pub skip_setstripe: bool,
     pub ignore_pool: bool,
+    pub default_dom: bool,
+    pub stat_error: Option<i32>,
+    pub lock_error: Option<i32>,
+    pub truncate_latency: Duration,
     /// The number, and which OST.
     pub evict_ost: Option<(u64, Option<u32>)>,
     pub evict_mds: Option<u64>,
@@ -134,11 +142,15 @@ impl Faults {
                         let size = size.parse().expect("a number");
                         faults.stripes = Some(Map::striped(count.parse().expect("a number"), size));
                     }
+                    "stat_error" => faults.stat_error = errno(),
+                    "lock_error" => faults.lock_error = errno(),
+                    "truncate_us" => faults.truncate_latency = Duration::from_micros(number()),
                     "osts" => faults.osts = Some(number() as u32),
                     "no_fallocate" => faults.no_fallocate = true,
                     "fid" => faults.fid = Some(number() as u32),
                     "ignore_setstripe" => faults.ignore_setstripe = true,
                     "skip_setstripe" => faults.skip_setstripe = true,
+                    "default_dom" => faults.default_dom = true,
                     "ignore_pool" => faults.ignore_pool = true,
                     other => panic!("unknown fault {other}"),
                 }

@@ -105,6 +105,9 @@ impl SlowFs {
             return Err(Errno::ENOSYS);
         }
         let node = self.node(ino)?;
+        if let Some(errno) = self.faults().lock_error.filter(|_| !unlock) {
+            return Err(Errno::from_i32(errno));
+        }
         if unlock {
             node.change(|state| state.records.clear(wanted.owner, wanted.start, wanted.end));
             return Ok(());
@@ -138,7 +141,8 @@ impl Filesystem for SlowFs {
     }
 
     fn getattr(&self, _: &Request, ino: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.attr(u64::from(ino)) {
+        let failed = self.faults().stat_error.map_or(Ok(()), |errno| Err(Errno::from_i32(errno)));
+        match failed.and_then(|()| self.attr(u64::from(ino))) {
             Ok(attr) => reply.attr(&NO_CACHE, &attr),
             Err(e) => reply.error(e),
         }
@@ -169,6 +173,7 @@ impl Filesystem for SlowFs {
     ) {
         let resize = |size| {
             let node = self.node(ino)?;
+            std::thread::sleep(self.faults().truncate_latency);
             node.file.set_len(size)?;
             node.change(|state| state.version += 1);
             Ok(())

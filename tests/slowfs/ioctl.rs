@@ -35,10 +35,9 @@ pub fn call(fs: &SlowFs, node: &Node, pid: u32, handle: u64, request: u32, arg: 
             let nonblock = u32::from_le_bytes(number(arg, 8)?) != 0;
             // It needs every OST.
             fs.while_hanging(pid)?;
-            fs.wait(node, pid, |state| match state.group_lock(handle, gid) {
+            fs.wait(node, pid, |state| match state.group_lock(handle, gid, nonblock) {
                 Asked::Yes => Some(Ok(())),
                 Asked::No(errno) => Some(Err(raw(errno))),
-                Asked::Wait if nonblock => Some(Err(Errno::EAGAIN)),
                 Asked::Wait => None,
             })?;
             Ok(Vec::new())

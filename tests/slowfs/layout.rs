@@ -128,3 +128,36 @@ pub fn default_request() -> Vec<u8> {
     asked[28] = 1;
     asked
 }
+
+/// What a site gives whose default is DoM: the first MiB on the metadata server, the rest plain.
+pub fn with_dom(osts: u32, serial: u32) -> Vec<u8> {
+    const HEADER: usize = 32;
+    const ENTRY: usize = 48;
+    const DOM_BYTES: u64 = 1 << 20;
+    let mut dom = vec![0; 32];
+    dom[..4].copy_from_slice(&V1.to_le_bytes());
+    dom[4..8].copy_from_slice(&0x100u32.to_le_bytes());
+    dom[24..28].copy_from_slice(&(DOM_BYTES as u32).to_le_bytes());
+    let rest = instantiate(&default_request(), osts, false, serial).expect("the default can be had");
+    let size = HEADER + 2 * ENTRY + dom.len() + rest.len();
+    let mut lov = Vec::new();
+    lov.extend(COMPOSITE.to_le_bytes());
+    lov.extend((size as u32).to_le_bytes());
+    lov.extend(1u32.to_le_bytes());
+    lov.extend(0u16.to_le_bytes());
+    lov.extend(2u16.to_le_bytes());
+    lov.resize(HEADER, 0);
+    let mut at = HEADER + 2 * ENTRY;
+    for (id, start, end, len) in [(1u32, 0, DOM_BYTES, dom.len()), (2, DOM_BYTES, u64::MAX, rest.len())] {
+        lov.extend(id.to_le_bytes());
+        // It has its objects.
+        lov.extend(0x10u32.to_le_bytes());
+        lov.extend(start.to_le_bytes());
+        lov.extend(end.to_le_bytes());
+        lov.extend((at as u32).to_le_bytes());
+        lov.extend((len as u32).to_le_bytes());
+        lov.resize(lov.len() + 16, 0);
+        at += len;
+    }
+    [lov, dom, rest].concat()
+}

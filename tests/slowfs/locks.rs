@@ -25,12 +25,12 @@ pub enum Asked {
 }
 
 impl Groups {
-    pub fn lock(&mut self, handle: Handle, gid: u64) -> Asked {
+    pub fn lock(&mut self, handle: Handle, gid: u64, nonblock: bool) -> Asked {
         if gid == 0 || self.holders.contains_key(&handle) || self.lost.contains_key(&handle) {
             return Asked::No(libc::EINVAL);
         }
         if self.holders.values().any(|&other| other != gid) {
-            return Asked::Wait;
+            return if nonblock { Asked::No(libc::EAGAIN) } else { Asked::Wait };
         }
         self.holders.insert(handle, gid);
         self.ever.insert(handle);

@@ -215,8 +215,13 @@ impl SlowFs {
         let node = Node::new(file, &path);
         if !delayed {
             let serial = node.file.metadata()?.ino() as u32;
-            let lov = layout::instantiate(&layout::default_request(), self.faults().osts.unwrap_or(4), false, serial);
-            std::fs::write(&node.lov, lov.map_err(raw)?)?;
+            let faults = self.faults();
+            let osts = faults.osts.unwrap_or(4);
+            let lov = match faults.default_dom {
+                true => layout::with_dom(osts, serial),
+                false => layout::instantiate(&layout::default_request(), osts, false, serial).map_err(raw)?,
+            };
+            std::fs::write(&node.lov, lov)?;
         }
         let ino = self.next.fetch_add(1, Ordering::Relaxed);
         self.nodes.lock().unwrap().insert(ino, Arc::new(node));

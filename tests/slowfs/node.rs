@@ -114,13 +114,14 @@ impl State {
         }
     }
 
-    /// Asks for a group lock. It waits for what others are moving, too.
-    pub fn group_lock(&mut self, handle: Handle, gid: u64) -> Asked {
+    /// Asks for a group lock. What others are moving is waited for, by O_NONBLOCK callers as well: Lustre has that flag keep them
+    /// from waiting for another group only (LDLM_FL_BLOCK_NOWAIT in ldlm_extent.c).
+    pub fn group_lock(&mut self, handle: Handle, gid: u64, nonblock: bool) -> Asked {
         let stranger_moves = self.moving.keys().any(|&other| other != handle && !self.groups.is_in(other, gid));
         if gid != 0 && !self.groups.is_held() && stranger_moves {
             return Asked::Wait;
         }
-        let asked = self.groups.lock(handle, gid);
+        let asked = self.groups.lock(handle, gid, nonblock);
         self.counters.group_locks += u64::from(asked == Asked::Yes);
         asked
     }

@@ -88,6 +88,28 @@ fn a_day_with_the_command_line() {
     assert!(target.names().is_empty());
 }
 
+#[test]
+fn hosts_get_what_they_were_named_for() {
+    let target = Target::start();
+    for name in ["a", "b"] {
+        let file = target.image(name, 8 * MIB);
+        ok(&target, &["attach", file.to_str().unwrap(), "--allow-any-fs", "--name", name]);
+    }
+    let listen = format!("127.0.0.1:{}", free_port());
+    let one = "nqn.2014-08.org.nvmexpress:uuid:6c6c6f6f-7000-4000-8000-000000000001";
+    let two = "nqn.2014-08.org.nvmexpress:uuid:6c6c6f6f-7000-4000-8000-000000000002";
+    let nqn = "nqn.2026-11.io.lloop.test:both";
+    let export = |name, host| ["export", "nvmf", name, "--listen", &listen, "--nqn", nqn, "--allow-host", host];
+    ok(&target, &export("a", one));
+    let before = target.ok("nvmf_get_subsystems", json!({}));
+    refused(&target, &export("b", two), &[two, "would get a as well", "--nqn"]);
+    assert_eq!(target.ok("nvmf_get_subsystems", json!({})), before, "nothing has changed");
+    ok(&target, &export("b", one));
+    // Alone in it, a device gets one more host.
+    ok(&target, &["unexport", "b"]);
+    ok(&target, &export("a", two));
+}
+
 /// What a target has of exports, all of them.
 fn all_exports(target: &Target) -> Vec<Value> {
     let methods =

@@ -3,7 +3,7 @@
 use crate::client::Client;
 use crate::error::{Error, Result};
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// A lloop device.
 #[derive(Debug, Clone, Deserialize)]
@@ -111,6 +111,20 @@ pub fn find_if_any(client: &mut Client, name: &str) -> Result<Option<Device>> {
     }
 }
 
+/// The `group_id` that a device was attached with: others may have its file, too. None for one of its own.
+///
+/// # Errors
+/// Only when the target has gone.
+pub fn shared_group(client: &mut Client, name: &str) -> Result<Option<u64>> {
+    let config = match client.call("framework_get_config", json!({"name": "bdev"})) {
+        Ok(config) => config,
+        Err(Error::Refused { .. }) => return Ok(None),
+        Err(e) => return Err(e),
+    };
+    let ours = |call: &&Value| call["method"] == "bdev_lloop_create" && call["params"]["name"] == name;
+    Ok(config.as_array().into_iter().flatten().find(ours).and_then(|call| call["params"]["group_id"].as_u64()))
+}
+
 fn has(bdevs: &Value, name: &str) -> bool {
     bdevs.as_array().into_iter().flatten().any(|bdev| bdev["name"] == name)
 }
@@ -129,7 +143,6 @@ fn missing(bdevs: &Value, name: &str) -> Error {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use serde_json::json;
 
     /// A device as SPDK v20.07 shows it.
     pub fn bdev(name: &str) -> Value {

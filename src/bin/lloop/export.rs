@@ -104,13 +104,15 @@ pub fn nvmf(client: &mut Client, command: &Nvmf, hosts: &Hosts) -> Result<Report
         return Err(Error::Failed(format!("{nqn} has gone again: does someone else change it?")));
     };
     let connect = listen::connect_command(&command.listen, &nqn);
+    let notes = notes(client, &device.name, &nqn)?;
     let done = if steps.is_empty() { "is exported already" } else { "is exported" };
     Ok(Report {
         text: format!(
-            "{} {done} as {nqn}\n  namespace {nsid}, on tcp {}, for {}\nConnect with\n  {connect}\n",
+            "{} {done} as {nqn}\n  namespace {nsid}, on tcp {}, for {}\nConnect with\n  {connect}\n{}",
             device.name,
             command.listen,
-            subsystem.hosts_in_words()
+            subsystem.hosts_in_words(),
+            notes.iter().map(|note| format!("Note: {note}\n")).collect::<String>()
         ),
         json: json!({
             "name": device.name,
@@ -121,9 +123,23 @@ pub fn nvmf(client: &mut Client, command: &Nvmf, hosts: &Hosts) -> Result<Report
             "allow_any_host": subsystem.allow_any_host,
             "hosts": subsystem.hosts.iter().map(|host| host.nqn.as_str()).collect::<Vec<_>>(),
             "connect": connect,
+            "notes": notes,
             "changed": !steps.is_empty(),
         }),
     })
+}
+
+/// What to do on the hosts, or on other targets. One target cannot have two devices with one UUID (SPDK refuses that); two targets can,
+/// and Linux drops a namespace whose UUID it has under another NQN already ("duplicate IDs").
+fn notes(client: &mut Client, name: &str, nqn: &str) -> Result<Vec<String>> {
+    let mut notes = Vec::new();
+    if let Some(group) = device::shared_group(client, name)? {
+        notes.push(format!(
+            "another target with group_id {group} may export this file, too. A Linux host that connects to both drops the second \
+             unless both have one NQN; export it there with --nqn {nqn}"
+        ));
+    }
+    Ok(notes)
 }
 
 /// Does the steps. When one is refused those before it are taken back, the newest first.

@@ -22,11 +22,16 @@ mod live;
 #[path = "../../os/lustre/mod.rs"]
 mod lustre;
 mod man;
+/// The library's own look at mounts, likewise.
+#[allow(dead_code, unsafe_code)]
+#[path = "../../os/mount.rs"]
+mod mount;
 mod nvmf;
 mod options;
 mod output;
 mod peers;
 mod plan;
+mod pool;
 mod prometheus;
 mod save;
 mod size;

@@ -111,7 +111,44 @@ impl Wanted<'_> {
                 "{nqn} exists and lets every host connect; lloop unexport {name} first, or say --allow-any-host"
             ));
         }
-        Ok(())
+        self.check_hosts(found)
+    }
+
+    /// Every host of a subsystem gets all its namespaces: hosts that differ would get each other's devices.
+    fn check_hosts(&self, found: &Subsystem) -> Result<()> {
+        let (name, nqn) = (&self.device.name, self.nqn);
+        let others: Vec<&str> = found
+            .namespaces
+            .iter()
+            .map(|namespace| namespace.bdev_name.as_str())
+            .filter(|other| other != name)
+            .collect();
+        let is_in = found.namespace_of(name).is_some();
+        let newcomers: Vec<&str> = match self.hosts {
+            Hosts::Any if !found.allow_any_host => vec!["any host"],
+            Hosts::Any => Vec::new(),
+            Hosts::These(hosts) => hosts.iter().filter(|host| !found.lists_host(host)).map(String::as_str).collect(),
+        };
+        let unnamed: Vec<&str> = match self.hosts {
+            Hosts::These(hosts) if !is_in => found
+                .hosts
+                .iter()
+                .map(|host| host.nqn.as_str())
+                .filter(|host| hosts.iter().all(|h| h != host))
+                .collect(),
+            _ => Vec::new(),
+        };
+        let consequence = if !newcomers.is_empty() && !others.is_empty() {
+            format!("{} would get {} as well", newcomers.join(", "), others.join(", "))
+        } else if !unnamed.is_empty() {
+            format!("{} would get {name} as well", unnamed.join(", "))
+        } else {
+            return Ok(());
+        };
+        Err(Error::Failed(format!(
+            "{nqn} exists for {}: {consequence}, since a host gets everything in a subsystem. Name the same hosts, or use a subsystem of its own (--nqn)",
+            found.hosts_in_words()
+        )))
     }
 
     fn create_subsystem(&self) -> Step {
@@ -250,6 +287,9 @@ mod tests {
             steps[0].undo,
             Some(("nvmf_subsystem_allow_any_host", json!({"nqn": NQN, "allow_any_host": false})))
         );
+        // Those who may connect already, and no more: nothing to do.
+        let subset = planned(&device("lloop0"), NQN, &these(&[]), "127.0.0.1:44321", None).unwrap();
+        assert_eq!(subset, []);
         // A second device in a subsystem of several.
         let many = "nqn.2026-11.io.lloop:many";
         let steps = planned(&device("lloop3"), many, &Hosts::Any, "[::1]:44321", None).unwrap();
@@ -260,6 +300,33 @@ mod tests {
             planned(&device("lloop0"), NQN, &these(&[HOST, "nqn.b:2", "nqn.b:2"]), "127.0.0.1:44321", None).unwrap();
         assert_eq!(steps.len(), 1);
         assert_eq!(steps[0].undo, Some(("nvmf_subsystem_remove_host", json!({"nqn": NQN, "host": "nqn.b:2"}))));
+    }
+
+    #[test]
+    fn hosts_do_not_get_each_others_devices() {
+        let mut subsystems = nvmf::tests::some();
+        let refusal = |subsystems: &[Subsystem], name: &str, hosts: &Hosts| {
+            let device = device(name);
+            let listen = "127.0.0.1:44321".parse().unwrap();
+            let wanted = Wanted { device: &device, nqn: NQN, hosts, listen, serial: None };
+            wanted.missing(subsystems, &json!([{"trtype": "TCP"}])).err().map(|e| e.to_string())
+        };
+        let other = "nqn.2014-08.org.nvmexpress:uuid:2";
+        // The subsystem has lloop0, for HOST.
+        let error = refusal(&subsystems, "lloop5", &these(&[other])).unwrap();
+        assert!(error.contains(other) && error.contains("would get lloop0") && error.contains("--nqn"), "{error}");
+        assert!(refusal(&subsystems, "lloop5", &these(&[HOST, other])).unwrap().contains("would get lloop0"));
+        assert!(refusal(&subsystems, "lloop5", &Hosts::Any).unwrap().contains("any host would get lloop0"));
+        assert_eq!(refusal(&subsystems, "lloop5", &these(&[HOST])), None, "the lists agree");
+        assert_eq!(refusal(&subsystems, "lloop0", &these(&[other])), None, "one more host for the only device");
+        // With two devices a further host would get both.
+        subsystems[1].namespaces.push(nvmf::Namespace { nsid: 2, bdev_name: "lloop5".into() });
+        assert!(refusal(&subsystems, "lloop0", &these(&[other])).unwrap().contains("would get lloop5"));
+        assert_eq!(refusal(&subsystems, "lloop0", &these(&[HOST])), None);
+        // An empty one that was left behind still has its list.
+        subsystems[1].namespaces.clear();
+        assert!(refusal(&subsystems, "lloop5", &these(&[other])).unwrap().contains("would get lloop5"));
+        assert_eq!(refusal(&subsystems, "lloop5", &these(&[HOST, other])), None);
     }
 
     #[test]

@@ -88,6 +88,13 @@ fn exposition(stats: &Stats) -> String {
         "I/O that threads of the kernel have submitted for busy reactors.",
         bare(stats.rings.sqpoll_ops),
     );
+    family(
+        &mut text,
+        "lloop_stuck_threads",
+        "gauge",
+        "File operations that have timed out and still wait for a server.",
+        bare(stats.stuck_threads),
+    );
     devices(&mut text, stats);
     lanes(&mut text, stats);
     operations(&mut text, stats);

@@ -17,6 +17,8 @@ pub struct Stats {
     pub workers: Workers,
     /// The io_urings.
     pub rings: Rings,
+    /// File operations that have timed out and still go on.
+    pub stuck_threads: u64,
     /// The devices asked for.
     pub devices: Vec<DeviceStats>,
 }

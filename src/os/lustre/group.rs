@@ -12,6 +12,10 @@ const LL_IOC_GROUP_LOCK: libc::c_ulong = 0x4008_669e;
 const LL_IOC_GROUP_UNLOCK: libc::c_ulong = 0x4008_669f;
 const LL_IOC_DATA_VERSION: libc::c_ulong = 0x8010_66da;
 
+/// The group of those who take a group lock only to find out whether somebody else holds one. It is the same for all of them, so
+/// that they do not exclude each other. Nobody else may use it.
+pub const PROBE_GROUP: NonZeroU32 = NonZeroU32::new(0x6c6c_6f70).unwrap();
+
 /// Takes the group lock of `gid`. Needs every OST of the file. Waits for another group to let go, unless the file was opened
 /// with O_NONBLOCK. No fallocate may be running, and none may be started while it is held: it would wait for the lock for ever.
 ///

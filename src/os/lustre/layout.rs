@@ -233,6 +233,21 @@ impl Layout {
         self.current().flat_map(|(index, c)| c.objects.iter().enumerate().map(move |(stripe, o)| (index, stripe, o)))
     }
 
+    /// The offset of a byte in each object that a file of `size_bytes` has some of its data in, the MDT's part included. What lies
+    /// behind the file's end is in none.
+    pub fn object_offsets(&self, size_bytes: u64) -> Vec<u64> {
+        let mut offsets = Vec::new();
+        for component in self.current().map(|(_, component)| component) {
+            let end_bytes = component.end_bytes.min(size_bytes);
+            let count = if component.pattern.is_mdt() { 1 } else { component.objects.len() as u64 };
+            let stripe_bytes = component.stripe_size_bytes.max(1);
+            let first = component.start_bytes / stripe_bytes;
+            let starts = (first..first.saturating_add(count)).map(|stripe| stripe.saturating_mul(stripe_bytes));
+            offsets.extend(starts.map(|start| start.max(component.start_bytes)).filter(|&start| start < end_bytes));
+        }
+        offsets
+    }
+
     /// The stripe size of most of a file of `size_bytes`: where I/O had better not cross a boundary. Components that have no
     /// objects yet count, they will get them as they are filled; what lies in the MDT does not. None where nothing is striped.
     pub fn stripe_size_bytes(&self, size_bytes: u64) -> Option<u64> {
