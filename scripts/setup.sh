@@ -7,7 +7,7 @@
 #                      and all of --fio
 #   --fio              also Debian's fio and, for it, SPDK's plugin with lloop inside (docs/fio.md)
 #   --hugepages MIB    free hugepage memory to have at least (default 1024; 2048 with --tests)
-#   --no-build         stop before cargo build
+#   --no-build         nothing that is built of lloop, and with --tests no more than machine and packages
 #   --undo-hugepages   put the number of hugepages back to what it was before the first run, and exit
 #
 # SPDK_DIR     a built SPDK tree to use (v24.09 or later) instead of building one
@@ -150,12 +150,11 @@ if [ -n "$build" ]; then
 	quietly "building lloop with SPDK v$(spdk_version "$SPDK_DIR")" "$CARGO_TARGET_DIR/build.log" cargo build --release --locked
 	"$LLOOP_ROOT/scripts/liblloop-so.sh" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
 fi
-if [ -n "$fio" ]; then
+if [ -n "$fio" ] && [ -n "$build" ]; then
 	plugin=$("$LLOOP_ROOT/scripts/fio-plugin.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a")
 	[ -n "$tests" ] || note "fio's plugin is $plugin; docs/fio.md says how to use it"
 fi
 if [ -n "$tests" ]; then
-	"$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
 	# What makes a test's filesystem look like Lustre. A new file in place of the old one: programs may have that loaded.
 	shim=$CARGO_TARGET_DIR/lustre.so
 	if ! [ "$shim" -nt "$LLOOP_ROOT/tests/lustre.c" ]; then
@@ -163,8 +162,11 @@ if [ -n "$tests" ]; then
 			cc -O2 -Wall -Wextra -Werror -shared -fPIC -o "$shim.new" "$LLOOP_ROOT/tests/lustre.c"
 		mv "$shim.new" "$shim"
 	fi
-	"$LLOOP_ROOT/scripts/spdk-shared.sh" "$SPDK_DIR" >/dev/null
 	"$LLOOP_ROOT/scripts/guest.sh" >/dev/null
+fi
+if [ -n "$tests" ] && [ -n "$build" ]; then
+	"$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$CARGO_TARGET_DIR/release/liblloop.a" >/dev/null
+	"$LLOOP_ROOT/scripts/spdk-shared.sh" "$SPDK_DIR" >/dev/null
 	# SPDK's client as PyPI has it: the plugin is tested with it, too.
 	venv=$LLOOP_CACHE/pypi-venv
 	if ! "$venv/bin/python" -c 'import spdk.rpc' 2>/dev/null; then

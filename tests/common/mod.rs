@@ -8,6 +8,7 @@ pub mod load;
 pub mod nvme;
 pub mod program;
 pub mod slow;
+pub mod spdk;
 
 use program::Program;
 use serde_json::{Value, json};
@@ -250,6 +251,8 @@ impl Target {
         let mut all: Vec<String> = dir
             .filter_map(|entry| Some(std::fs::read_link(entry.ok()?.path()).ok()?.display().to_string()))
             .filter(|path| !path.starts_with("/dev/hugepages/") && !path.starts_with("socket:"))
+            // Any thread may have this open for a moment: glibc counts the processors in it when it makes a heap.
+            .filter(|path| !path.starts_with("/sys/devices/system/cpu/"))
             // (SPDK v20.07 names the iSCSI connections' memory alike in every process, so another's end removes the name.)
             .map(|path| path.trim_end_matches(" (deleted)").to_owned())
             .collect();
@@ -372,10 +375,8 @@ pub fn beside(name: &str) -> PathBuf {
 pub fn spdk_app(name: &str) -> Command {
     let mut command = Command::new(beside(name));
     command.arg("-u");
-    // Their folder is named after SPDK's version; newer ones lock their cores unless told not to, older ones know no such option.
-    let apps = std::env::var_os("LLOOP_SPDK_APPS").map(PathBuf::from).unwrap();
-    let version: f32 = apps.file_name().and_then(|v| v.to_str()?.parse().ok()).expect("a version");
-    if version > 22.0 {
+    // v20.07 neither locks its cores nor knows the option.
+    if spdk::version() != "20.07" {
         command.arg("--disable-cpumask-locks");
     }
     command

@@ -1,5 +1,6 @@
 //! vhost-user-blk and vhost-user-scsi: disks of virtual machines.
 
+use crate::common::spdk::{self, Part};
 use crate::common::{Target, folder, image, run};
 use crate::vm::{Guest, Root, lloop, lloop_ok, root_image};
 use serde_json::{Value, json};
@@ -124,6 +125,9 @@ fn disk_with_root(file: &Path) {
 
 #[test]
 fn a_machine_with_two_disks() {
+    if !spdk::has(Part::Vhost, "all of it") {
+        return;
+    }
     let files = folder();
     let (_folder, socket) = sockets();
     let (blk, scsi) = (image(files.path(), "blk.img", 128 * MIB), image(files.path(), "scsi.img", 128 * MIB));
@@ -203,6 +207,9 @@ fn a_machine_with_two_disks() {
 
 #[test]
 fn two_machines_that_boot_from_their_disks_and_see_the_target_restart() {
+    if !spdk::has(Part::Vhost, "all of it") {
+        return;
+    }
     let files = folder();
     let (_folder, socket) = sockets();
     let names = ["one", "two"];

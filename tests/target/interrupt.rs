@@ -1,7 +1,8 @@
-//! A target whose reactors sleep: woken by every completion, idle when idle. SPDK has that since some time after v20.07.
+//! A target whose reactors sleep: woken by every completion, idle when idle. v20.07 has none.
 
 use crate::common::Target;
 use crate::common::slow::SlowFile;
+use crate::common::spdk::{self, Part};
 use serde_json::json;
 use std::process::Command;
 use std::time::Duration;
@@ -15,16 +16,9 @@ fn ticks(pid: u32) -> u64 {
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
-fn has_interrupt_mode() -> bool {
-    let output = Command::new(env!("CARGO_BIN_EXE_lloop_tgt")).arg("--version").output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap();
-    let version = text.split("SPDK v").nth(1).unwrap_or_else(|| panic!("no SPDK version in {text:?}"));
-    version.trim().trim_end_matches(')').parse::<f32>().unwrap() > 22.0
-}
-
 #[test]
 fn sleeping_reactors_are_woken_by_completions() {
-    if !has_interrupt_mode() {
+    if !spdk::has(Part::InterruptMode, "all but the refusal") {
         let refused = Command::new(env!("CARGO_BIN_EXE_lloop_tgt")).arg("--interrupt-mode").output().unwrap();
         let said = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(!refused.status.success() && said.contains("interrupt mode needs a newer SPDK"), "{said}");
