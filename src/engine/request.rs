@@ -42,7 +42,7 @@ pub struct Request<T> {
     /// 0 while all is well.
     pub(super) errno: i32,
     pub(super) target: Arc<Target>,
-    /// In the file, not in the device. Of an abort: the address of what it means.
+    /// In the file, not in the device. Of an abort: the number of what it means.
     pub(super) offset_bytes: u64,
     pub(super) len_bytes: u64,
     pub(super) iovs: IoVecs,
@@ -53,6 +53,8 @@ pub struct Request<T> {
     pub(super) first_failure: Ticks,
     /// How often it has failed.
     pub(super) attempts: u32,
+    /// A number that no other request of its port has, for aborts; 0 when nobody aborts.
+    pub(super) number: u64,
     /// A write that is to be on stable storage when it is answered.
     pub(super) fua: bool,
     /// It has a claim on its blocks, and no place in the scheduler's order yet.
@@ -94,6 +96,7 @@ impl<T> Request<T> {
             due: 0,
             first_failure: 0,
             attempts: 0,
+            number: 0,
             fua: false,
             claimed: false,
             ticket: None,
@@ -108,10 +111,17 @@ impl<T> Request<T> {
         self
     }
 
-    /// An abort of the request that lies at `address`.
-    pub fn abort(volume: &super::Volume<T>, address: usize, token: T) -> Self {
+    /// Gives it a number that no other request of its port has: what an abort finds it by.
+    #[must_use]
+    pub fn with_number(mut self, number: u64) -> Self {
+        self.number = number;
+        self
+    }
+
+    /// An abort of the request that has this number, on the same port.
+    pub fn abort(volume: &super::Volume<T>, number: u64, token: T) -> Self {
         let mut this = Request::new(Op::Abort, volume, 0, 0, IoVecs::EMPTY, token);
-        this.offset_bytes = address as u64;
+        this.offset_bytes = number;
         this
     }
 

@@ -313,14 +313,15 @@ impl<T> Sched<T> {
 
     /// Looks for the request that an abort means, among those that no call has been made for.
     fn abort(&mut self, mut abort: Placed<Request<T>>) {
-        let (id, key) = (abort.volume, abort.offset_bytes as usize);
+        let (id, port, number) = (abort.volume, abort.port, abort.offset_bytes);
+        let is_meant = |request: &Placed<Request<T>>| number != 0 && (request.port, request.number) == (port, number);
         let volume = self.volumes[id as usize].as_mut().expect("a volume outlives its requests");
         let mut found = List::default();
         let lists = [&mut volume.flushes, &mut volume.retries, &mut volume.discards];
         for list in lists.into_iter().chain(volume.lanes.iter_mut().map(|lane| &mut lane.queue)) {
-            found.append(&mut list.extract(|request| Placed::address(request) == key));
+            found.append(&mut list.extract(is_meant));
         }
-        let mut blocked = volume.blocked.extract(|request| Placed::address(request) == key);
+        let mut blocked = volume.blocked.extract(is_meant);
         self.blocked -= blocked.len();
         volume.order.set_waiting(volume.blocked.len(), volume.target.claims());
         found.append(&mut blocked);

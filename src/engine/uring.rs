@@ -11,18 +11,22 @@
 use super::request::{Op, Request};
 use crate::os::bell::Bell;
 use crate::os::bounce::{BouncePool, Slot};
-use crate::os::clock::Ticks;
+use crate::os::clock::{self, Ticks};
 use crate::os::queue::{List, Placed};
 use crate::os::ring::{Access, Batch, Features, Ring, RingOptions};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::ThreadId;
+use std::time::Duration;
 
 /// How many I/O of one thread the kernel gets at a time; more wait here.
 const ENTRIES: u32 = 512;
-/// How many are handed over in one poll: the reactor has other things to do, and one costs some 0.7 us (docs/performance.md).
+/// How many are handed over in one poll, at most.
 const BATCH: usize = 128;
+/// And how long that may take: the reactor has other things to do. A read costs some 0.7 us, but 128 writes that allocate took 7 ms
+/// (docs/internals/constants.md).
+const BUDGET: Duration = Duration::from_micros(200);
 
 /// How a thread's ring is made.
 #[derive(Debug, Clone, Default)]
@@ -60,6 +64,8 @@ pub struct Uring<T> {
     polled: Option<Ring>,
     flights: Flights<T>,
     waiting: List<Request<T>>,
+    /// How many are handed over in the next poll, to stay in the budget.
+    batch: usize,
     /// The places of what was pushed to `ring`; the last of them may not be taken by the kernel yet.
     pushed: Vec<u32>,
     /// What a ring that failed has given back: for the workers.
@@ -135,6 +141,7 @@ impl<T> Uring<T> {
             polled,
             flights,
             waiting: List::default(),
+            batch: BATCH,
             pushed: Vec::with_capacity(2 * ENTRIES as usize),
             returned: List::default(),
             files: Vec::new(),
@@ -213,7 +220,7 @@ impl<T> Uring<T> {
             // Half, unless its thread has not taken the last share yet.
             let mut batch = ring.batch();
             if waiting.len() > 1 && batch.backlog() == 0 {
-                let gave = flights.hand_over(waiting, &mut batch, (waiting.len() / 2).min(BATCH), |_| {});
+                let gave = flights.hand_over(waiting, &mut batch, (waiting.len() / 2).min(self.batch), |_| {});
                 flights.watch.helped.fetch_add(gave as u64, Ordering::Relaxed);
             }
             drop(batch);
@@ -225,20 +232,34 @@ impl<T> Uring<T> {
                 }
             }
         }
+        let mut count = 0;
         if !waiting.is_empty() {
             let mut batch = ring.batch();
             if batch.backlog() == 0 {
                 self.pushed.clear();
             }
-            flights.hand_over(waiting, &mut batch, BATCH, |place| self.pushed.push(place));
+            count = flights.hand_over(waiting, &mut batch, self.batch, |place| self.pushed.push(place));
             drop(batch);
             self.adopt();
         }
-        match self.ring.enter() {
+        // One alone is not worth two looks at the clock.
+        let start = if count > 1 { clock::now() } else { 0 };
+        let entered = self.ring.enter();
+        if count > 1 {
+            self.adapt(count, clock::to_duration(clock::now().wrapping_sub(start)));
+        }
+        match entered {
             Ok(()) => again || !self.waiting.is_empty(),
             Err(libc::EBUSY | libc::EAGAIN) => true,
             Err(errno) => self.fail_over(errno),
         }
+    }
+
+    /// Sets the next batch by what `count` took: as many as fit the budget, and twice as many as this time at most.
+    fn adapt(&mut self, count: usize, took: Duration) {
+        let fits = count as u128 * BUDGET.as_nanos() / took.as_nanos().max(1);
+        self.batch =
+            (fits.min(2 * count as u128) as usize).max(if took > BUDGET { 1 } else { self.batch }).clamp(1, BATCH);
     }
 
     /// Notices that another thread uses it than before: SPDK moves its threads.

@@ -139,7 +139,9 @@ impl<T: Send + 'static> Shared<T> {
         let budget = Duration::from_millis(self.retry_budget_ms.load(Ordering::Relaxed));
         while let Some(mut request) = requests.pop_front() {
             // A failed fdatasync has told all that there is: the next one would say that all is well (rule 4).
-            if request.errno == 0 || request.op == Op::Flush || !request.target.on_lustre() {
+            // Nor is an error that is our own word, not Lustre's: the file ends there.
+            let is_ours = request.target.ends_before(request.end_bytes());
+            if request.errno == 0 || request.op == Op::Flush || is_ours || !request.target.on_lustre() {
                 answered.push_back(request);
                 continue;
             }

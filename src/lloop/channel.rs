@@ -322,7 +322,9 @@ impl Channel {
         let (offset, len) = (io.offset_bytes(), io.len_bytes());
         let fua = op == Op::Write && (io.is_fua() || self.device.writes_durably);
         self.counters.submitted();
-        let mut request = io.park(|io| Request::new(op, &self.volume, offset, len, iovs, self.token(io)).with_fua(fua));
+        let mut request = io.park(|io, number| {
+            Request::new(op, &self.volume, offset, len, iovs, self.token(io)).with_fua(fua).with_number(number)
+        });
         // Everybody claims, wherever it goes then.
         let alone = request.claim();
         let inner = &self.group.inner;
@@ -365,15 +367,15 @@ impl Channel {
 
     /// Answers another I/O of this thread, if it has not started, then `io`.
     pub fn abort(&self, io: BdevIo) {
-        let address = io.abort_target();
-        let request = io.park(|io| Request::abort(&self.volume, address, self.token(io)));
+        let number = io.abort_target();
+        let request = io.park(|io, _| Request::abort(&self.volume, number, self.token(io)));
         self.group.inner.port.borrow_mut().stage(request);
         self.group.inner.expect_poll();
     }
 
     /// Answers everything that has not started, then `io`, when the rest is answered: or as failed when that takes too long.
     pub fn reset(&self, io: BdevIo) {
-        let request = io.park(|io| Request::new(Op::Reset, &self.volume, 0, 0, IoVecs::EMPTY, self.token(io)));
+        let request = io.park(|io, _| Request::new(Op::Reset, &self.volume, 0, 0, IoVecs::EMPTY, self.token(io)));
         self.group.inner.port.borrow_mut().stage(request);
         self.group.inner.expect_poll();
     }

@@ -59,11 +59,6 @@ impl<T> Placed<T> {
         unsafe { ptr::read(&raw const (*node.as_ptr()).value) }
     }
 
-    /// Where it lies: its name for whoever looks for it later.
-    pub fn address(this: &Self) -> usize {
-        this.0.as_ptr() as usize
-    }
-
     fn into_raw(self) -> NonNull<Node<T>> {
         let node = self.0;
         std::mem::forget(self);

@@ -126,6 +126,8 @@ unsafe fn registration<'a, D>(context: *mut c_void) -> &'a Registration<D> {
 
 unsafe extern "C" fn submit<D: Bdev>(channel: *mut sys::spdk_io_channel, io: *mut sys::spdk_bdev_io) {
     // SAFETY: SPDK submits live I/O of a registered bdev.
+    unsafe { BdevIo::begin(io) };
+    // SAFETY: as above.
     let raw = unsafe { &*io };
     if u32::from(raw.type_) == sys::spdk_bdev_io_type::SPDK_BDEV_IO_TYPE_READ {
         // SAFETY: a read has this member.
