@@ -32,7 +32,7 @@ if [ -n "$image" ]; then
 	image=$(realpath "$image")
 fi
 
-"$LLOOP_ROOT/scripts/setup.sh" --hugepages 1024
+"$LLOOP_ROOT/scripts/setup.sh" --hugepages 1536
 SPDK_DIR=$("$LLOOP_ROOT/scripts/spdk.sh" 2>/dev/null)
 bin=$CARGO_TARGET_DIR/release
 apps=$("$LLOOP_ROOT/scripts/spdk-apps.sh" "$SPDK_DIR" "$bin/liblloop.a" spdk_dd)

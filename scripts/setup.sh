@@ -6,7 +6,7 @@
 #   --tests            also what scripts/test.sh needs: SPDK's own programs with lloop inside, a small virtual machine,
 #                      and all of --fio
 #   --fio              also Debian's fio and, for it, SPDK's plugin with lloop inside (docs/fio.md)
-#   --hugepages MIB    free hugepage memory to have at least (default 1024; 2048 with --tests)
+#   --hugepages MIB    free hugepage memory to have at least (default 1024; 4096 with --tests)
 #   --no-build         nothing that is built of lloop, and with --tests no more than machine and packages
 #   --undo-hugepages   put the number of hugepages back to what it was before the first run, and exit
 #
@@ -31,7 +31,7 @@ while [ $# -gt 0 ]; do
 	esac
 	shift
 done
-hugepages_mib=${hugepages_mib:-$([ -n "$tests" ] && echo 2048 || echo 1024)}
+hugepages_mib=${hugepages_mib:-$([ -n "$tests" ] && echo 4096 || echo 1024)}
 hugepages_before=$LLOOP_CACHE/hugepages-before
 nr_hugepages=/proc/sys/vm/nr_hugepages
 

@@ -1,6 +1,6 @@
 //! Mixed load through an initiator, with a model of what has to be there.
 
-use super::nvme::Nvme;
+use super::nvme::{Failed, Nvme};
 
 /// Random numbers that are the same in every run (xorshift).
 pub struct Random(u64);
@@ -26,6 +26,8 @@ pub struct Load {
     model: Vec<u64>,
     /// Reads, writes and flushes so far.
     pub done: u64,
+    /// Flushes that have failed.
+    pub failed_flushes: u64,
 }
 
 pub const BLOCK: usize = 4096;
@@ -44,7 +46,7 @@ pub fn content(seed: u64) -> [u8; BLOCK] {
 impl Load {
     /// On a device of zeroes with `blocks` blocks.
     pub fn new(nvme: Nvme, blocks: u64, seed: u64) -> Self {
-        Load { nvme, random: Random::new(seed), model: vec![0; blocks as usize], done: 0 }
+        Load { nvme, random: Random::new(seed), model: vec![0; blocks as usize], done: 0, failed_flushes: 0 }
     }
 
     /// 16 writes at once to different blocks, and reads of others meanwhile; all have to succeed and to be right.
@@ -71,7 +73,11 @@ impl Load {
             self.done += 1;
         }
         if self.random.below(8) == 0 {
-            self.nvme.flush().unwrap();
+            // After an eviction an OST's earlier error is told to who flushes first (rule 4); nothing else may fail.
+            if let Err(failed) = self.nvme.flush() {
+                assert_eq!(failed, Failed((2, 0x80)));
+                self.failed_flushes += 1;
+            }
             self.done += 1;
         }
     }
@@ -86,7 +92,10 @@ impl Load {
     /// Everything has to be there: through the device, and in the file below it.
     pub fn verify(&mut self, backing: &std::path::Path) {
         (0..self.model.len() as u64).for_each(|block| self.check(block));
-        self.nvme.flush().unwrap();
+        if self.nvme.flush().is_err() {
+            self.failed_flushes += 1;
+            self.nvme.flush().unwrap();
+        }
         let file = std::fs::read(backing).unwrap();
         for (block, seed) in self.model.iter().enumerate() {
             assert!(

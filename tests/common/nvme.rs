@@ -166,6 +166,7 @@ pub struct Nvme {
 }
 
 /// A command on its way.
+#[derive(Debug)]
 pub struct InFlight(u16);
 
 impl Nvme {

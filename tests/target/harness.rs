@@ -72,9 +72,9 @@ fn a_target_that_was_told_to_end_may() {
 fn a_test_that_wants_more_memory_than_it_said_is_told_so() {
     let said = failure(|| {
         let _first = hugepages::claim(512);
-        let _second = hugepages::claim(1024);
+        let _second = hugepages::claim(1536);
     });
-    assert!(said.as_ref().is_some_and(|said| said.contains("hugepages::reserve(1536)")), "{said:?}");
+    assert!(said.as_ref().is_some_and(|said| said.contains("hugepages::reserve(2048)")), "{said:?}");
 }
 
 #[test]
