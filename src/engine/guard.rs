@@ -46,8 +46,8 @@ pub struct Guard {
     options: GuardOptions,
     /// What came of the advisory lock.
     advisory: Option<Outcome>,
-    /// What tells our advisory lock from anybody else's.
-    marker: Marker,
+    /// What tells our advisory lock from anybody else's, where a server may lose it.
+    marker: Option<Marker>,
     /// Another open file of the same, to ask the server through.
     watch: Mutex<Option<OwnedFd>>,
     /// How often a lock was lost and taken again.
@@ -70,7 +70,7 @@ impl Guard {
         Guard {
             options: GuardOptions::default(),
             advisory: None,
-            marker: Marker::new(),
+            marker: None,
             watch: Mutex::new(None),
             recoveries: AtomicU64::new(0),
             version_at_fence: AtomicU64::new(0),
@@ -84,17 +84,15 @@ impl Guard {
     /// EBUSY when somebody holds a lock that excludes it; the system's errno.
     pub fn take_advisory(file: &DirectFile, options: GuardOptions) -> Result<Self> {
         let shown = file.path().display();
-        let marker = Marker::new();
+        // Only a metadata server can lose a lock.
+        let marker = (file.identity().fid.is_some() && !options.this_node_only).then(Marker::new);
         let advisory = match options.advisory {
             None => None,
             Some(sharing) => Some(
-                lock::try_lock(file.as_fd(), sharing == Sharing::Exclusive)
+                lock::try_lock(file.as_fd(), sharing == Sharing::Exclusive, marker.as_ref())
                     .map_err(|e| Error::os(e, format!("locking {shown}")))?,
             ),
         };
-        if advisory == Some(Outcome::Held) {
-            marker.set(file.as_fd(), !file.read_only()).map_err(|e| Error::os(e, format!("locking {shown}")))?;
-        }
         if advisory == Some(Outcome::Conflict) {
             let who = if file.read_only() { "a writer" } else { "another process or node" };
             return Err(Error::new(
@@ -102,8 +100,7 @@ impl Guard {
                 format!("{shown} is in use by {who}, which holds a lock on it; detach it there first"),
             ));
         }
-        // Only a metadata server can lose a lock.
-        let watched = advisory == Some(Outcome::Held) && file.identity().fid.is_some() && !options.this_node_only;
+        let watched = advisory == Some(Outcome::Held) && marker.is_some();
         let watch =
             watched.then(|| file.duplicate()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
         let version =
@@ -219,26 +216,24 @@ impl Guard {
     /// # Errors
     /// The errno of a server that cannot be asked now.
     pub fn advisory_is_held(&self) -> Result<bool, i32> {
-        let Some(watch) = &*self.watch() else { return Ok(self.advisory == Some(Outcome::Held)) };
+        let (watch, marker) = (self.watch(), self.marker);
+        let (Some(watch), Some(marker)) = (&*watch, marker) else { return Ok(self.advisory == Some(Outcome::Held)) };
+        let is_set = || marker.is_set(watch.as_fd(), self.options.advisory == Some(Sharing::Exclusive));
         // The first answer after an eviction is EIO, the second tells.
-        let mut answer = self.marker.is_set(watch.as_fd());
+        let mut answer = is_set();
         for _ in 0..3 {
             if !matches!(answer, Err(libc::EIO | libc::ESHUTDOWN)) {
                 break;
             }
             std::thread::sleep(PAUSE / 2);
-            answer = self.marker.is_set(watch.as_fd());
+            answer = is_set();
         }
         answer
     }
 
     fn retake_advisory(&self, file: &DirectFile) -> Result<bool, i32> {
         let exclusive = self.options.advisory == Some(Sharing::Exclusive);
-        if lock::try_lock(file.as_fd(), exclusive)? != Outcome::Held {
-            return Ok(false);
-        }
-        self.marker.set(file.as_fd(), !file.read_only())?;
-        Ok(true)
+        Ok(lock::try_lock(file.as_fd(), exclusive, self.marker.as_ref())? == Outcome::Held)
     }
 
     /// Whether the group lock is still there, on every object of the file (`objects`: an offset in each): a direct read says ENOLCK
@@ -342,10 +337,9 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub(super) fn reopen(&self, file: &DirectFile) -> Result<(), String> {
-        // (Where the old descriptor cannot even be asked, the group lock has to do.)
-        if self.advisory_covers() && self.advisory_is_held() == Ok(false) {
-            return Err("the advisory lock is lost as well".into());
+    pub(super) fn reopen(&self, file: &DirectFile, objects: &[u64]) -> Result<(), String> {
+        if !self.were_others_kept_out(file, objects) {
+            return Err("nothing tells that others were kept out meanwhile".into());
         }
         let new = file.open_again().map_err(|e| e.message)?;
         let held = self.advisory == Some(Outcome::Held);
@@ -353,7 +347,7 @@ impl Guard {
             Some(gid) => lock_group(&new, gid).map_err(no_group)?,
             None if held => {
                 for each in [file, &new] {
-                    if lock::try_lock(each.as_fd(), false) != Ok(Outcome::Held) {
+                    if lock::try_lock(each.as_fd(), false, None) != Ok(Outcome::Held) {
                         return Err("the advisory lock cannot be moved to the new descriptor".into());
                     }
                 }
@@ -369,6 +363,20 @@ impl Guard {
             *watch = Some(file.duplicate().map_err(reason)?);
         }
         Ok(())
+    }
+
+    /// Whether the locks of the open file say that nobody else was in: what cannot be asked says no. Without locks there is nothing to
+    /// say. Blocks.
+    fn were_others_kept_out(&self, file: &DirectFile, objects: &[u64]) -> bool {
+        let held = self.advisory == Some(Outcome::Held);
+        if !held && self.options.group.is_none() {
+            return true;
+        }
+        // A shared lock keeps writers out, but those of another group share it.
+        let covers = self.options.advisory == Some(Sharing::Exclusive) || self.options.group.is_none();
+        (held && covers && self.advisory_is_held() == Ok(true))
+            || self.group_is_held(file, objects)
+            || (file.read_only() && self.is_unwritten(file))
     }
 
     /// Everything anew, for an operator. Blocks.

@@ -7,7 +7,7 @@
 use super::request::{Op, Request};
 use super::sched::Trouble;
 use super::state::{Event, VolumeState};
-use super::target::Target;
+use super::target::{Damage, Target};
 use super::threads::Shared;
 use super::worker::answer;
 use crate::error::{Error, Result, reason};
@@ -248,7 +248,7 @@ impl<T: Send + 'static> Shared<T> {
             self.hold_and_drain(id, Event::Lost);
         }
         if stale {
-            let reopened = guard.reopen(file);
+            let reopened = guard.reopen(file, &target.object_offsets());
             return self.settle(id, target, "its descriptor went stale", reopened);
         }
         if lock_lost {
@@ -308,7 +308,7 @@ impl<T: Send + 'static> Shared<T> {
             Ok(()) => {
                 guard.recovered(file);
                 tracing::warn!("{shown}: {what}; it is there again, and others were kept out all the time: going on");
-                self.go_on(id, Event::GoOn);
+                self.go_on(id, Event::Recovered);
             }
             Err(why) => {
                 tracing::error!(
@@ -344,7 +344,8 @@ impl<T: Send + 'static> Shared<T> {
 
     /// Looks at a volume's file.
     fn look(&self, id: u32, target: &Target) {
-        if target.damage().is_none()
+        // A failed flush does not hide what is worse.
+        if target.damage().is_none_or(|damage| damage == Damage::FlushFailed)
             && let Some(damage) = target.look_for_damage()
         {
             target.set_damage(damage);

@@ -12,7 +12,7 @@
 //!   and not known there is in a ring or on its way.
 
 use crate::os::clock::Ticks;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Counters of a file. Blocks that are `BUCKETS` apart may share one: with 128 random writes in flight 0.4 % of them meet a stranger
 /// there, and take the way through the scheduler for nothing.
@@ -44,7 +44,7 @@ impl Span {
     }
 }
 
-/// Neighbours have different buckets, up to `BUCKETS` of them.
+/// Neighbours have different buckets, but for where a run of `BUCKETS` ends.
 fn bucket(block: u64) -> usize {
     let run = (block / BUCKETS as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
     (block.wrapping_add(run) % BUCKETS as u64) as usize
@@ -54,7 +54,7 @@ fn bucket(block: u64) -> usize {
 #[derive(Debug)]
 pub struct Claims {
     shift: u32,
-    counts: Box<[AtomicU16]>,
+    counts: Box<[AtomicU32]>,
     large: AtomicU32,
     /// Writes that wait in the scheduler for others to be answered.
     waiting: AtomicU32,
@@ -65,7 +65,7 @@ impl Claims {
     pub fn new(block_bytes: u32) -> Self {
         Claims {
             shift: block_bytes.max(512).ilog2(),
-            counts: std::iter::repeat_with(AtomicU16::default).take(BUCKETS).collect(),
+            counts: std::iter::repeat_with(AtomicU32::default).take(BUCKETS).collect(),
             large: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
         }
@@ -82,8 +82,6 @@ impl Claims {
         let mut alone = true;
         for block in span.blocks(self.shift) {
             let before = self.counts[bucket(block)].fetch_add(1, Ordering::SeqCst);
-            // Not more than SPDK has I/O: 65535.
-            debug_assert!(before < u16::MAX);
             alone &= before == 0;
         }
         alone && self.large.load(Ordering::SeqCst) == 0
@@ -107,7 +105,7 @@ impl Claims {
         self.waiting.store(count as u32, Ordering::SeqCst);
     }
 
-    fn count(&self, bucket: usize) -> u16 {
+    fn count(&self, bucket: usize) -> u32 {
         self.counts[bucket].load(Ordering::SeqCst)
     }
 }
@@ -131,7 +129,7 @@ struct Entry {
 pub struct Order {
     shift: u32,
     /// Of the counts in [`Claims`], those of the writes in here.
-    known: Box<[u16]>,
+    known: Box<[u32]>,
     known_large: u32,
     entries: Vec<Option<Entry>>,
     free: Vec<u32>,

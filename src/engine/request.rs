@@ -118,6 +118,16 @@ impl<T> Request<T> {
         self
     }
 
+    /// Whether it has this number, and an abort may mean it.
+    pub fn has_number(&self, number: u64) -> bool {
+        number != 0 && self.number == number
+    }
+
+    /// Whether it is one of a volume.
+    pub fn is_of(&self, volume: &super::Volume<T>) -> bool {
+        self.volume == volume.id()
+    }
+
     /// An abort of the request that has this number, on the same port.
     pub fn abort(volume: &super::Volume<T>, number: u64, token: T) -> Self {
         let mut this = Request::new(Op::Abort, volume, 0, 0, IoVecs::EMPTY, token);

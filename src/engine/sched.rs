@@ -314,7 +314,7 @@ impl<T> Sched<T> {
     /// Looks for the request that an abort means, among those that no call has been made for.
     fn abort(&mut self, mut abort: Placed<Request<T>>) {
         let (id, port, number) = (abort.volume, abort.port, abort.offset_bytes);
-        let is_meant = |request: &Placed<Request<T>>| number != 0 && (request.port, request.number) == (port, number);
+        let is_meant = |request: &Placed<Request<T>>| request.port == port && request.has_number(number);
         let volume = self.volumes[id as usize].as_mut().expect("a volume outlives its requests");
         let mut found = List::default();
         let lists = [&mut volume.flushes, &mut volume.retries, &mut volume.discards];
@@ -417,11 +417,13 @@ impl<T> Sched<T> {
     }
 
     /// Notes the end of a work that took `took`: which of its writes were answered (their tickets are taken out), and what is to be
-    /// tried again. True when its volume is gone with it, or when somebody may wait for it to be idle.
+    /// tried again. `flush_errno` is that of a failed flush, else 0. True when its volume is gone with it, or when somebody may wait for
+    /// it to be idle.
     pub fn finished(
         &mut self,
         done: FinishedWork,
         took: Ticks,
+        flush_errno: i32,
         answered: &mut Vec<Ticket>,
         mut again: List<Request<T>>,
     ) -> bool {
@@ -441,6 +443,14 @@ impl<T> Sched<T> {
         } else {
             volume.flush_running = false;
         }
+        // The system reports a loss once. Those that came meanwhile would be told that all is well, and it is their data, too.
+        if flush_errno != 0 {
+            let mut waiting = std::mem::take(&mut volume.flushes);
+            while let Some(flush) = waiting.pop_front() {
+                self.refuse(flush, flush_errno);
+            }
+        }
+        let volume = self.volumes[id as usize].as_mut().expect("a volume stays while its calls are made");
         for ticket in answered.drain(..) {
             self.unblock |= volume.order.leave(ticket, volume.target.claims());
         }
@@ -522,7 +532,7 @@ impl<T> Sched<T> {
         volume.running == 0
     }
 
-    /// Goes on with a volume after a job ([`Event::GoOn`]) or by an operator's word ([`Event::Resume`]).
+    /// Goes on with a volume after a job ([`Event::GoOn`], [`Event::Recovered`]) or by an operator's word ([`Event::Resume`]).
     pub fn go_on(&mut self, id: u32, event: Event) {
         let Some(volume) = self.volume_mut(id) else { return };
         volume.change(event);
@@ -599,7 +609,7 @@ impl<T> Sched<T> {
         let Some(volume) = self.volume_mut(id) else { return };
         volume.trouble.lock_lost |= trouble.lock_lost;
         volume.trouble.stale |= trouble.stale;
-        volume.trouble.discards |= trouble.discards;
+        volume.trouble.discards |= trouble.discards && !volume.discards.is_empty();
         self.troubled = true;
     }
 

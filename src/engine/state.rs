@@ -23,8 +23,10 @@ pub enum Event {
     Hold,
     /// A call has said that a lock or the descriptor is lost.
     Lost,
-    /// The job is done, and the locks are there.
+    /// The job that held it is done. What was lost meanwhile still has to be mended.
     GoOn,
+    /// What was lost is there again, and nobody else was in.
+    Recovered,
     /// The locks could not be had again without a gap.
     Fence,
     /// An operator has decided that the volume may go on.
@@ -45,9 +47,9 @@ impl VolumeState {
             (_, Event::Resume) => Open,
             (Fenced, _) | (_, Event::Fence) => Fenced,
             (_, Event::Lost) => Recovering,
-            (Recovering, Event::Hold) => Recovering,
+            (Recovering, Event::Hold | Event::GoOn) => Recovering,
             (_, Event::Hold) => Held,
-            (_, Event::GoOn) => Open,
+            (_, Event::GoOn | Event::Recovered) => Open,
         }
     }
 
@@ -79,13 +81,13 @@ mod tests {
     #[test]
     fn the_whole_table() {
         use VolumeState::*;
-        let events = [Event::Hold, Event::Lost, Event::GoOn, Event::Fence, Event::Resume, Event::End];
+        let events = [Event::Hold, Event::Lost, Event::GoOn, Event::Recovered, Event::Fence, Event::Resume, Event::End];
         let table = [
-            (Open, [Held, Recovering, Open, Fenced, Open, Ending]),
-            (Held, [Held, Recovering, Open, Fenced, Open, Ending]),
-            (Recovering, [Recovering, Recovering, Open, Fenced, Open, Ending]),
-            (Fenced, [Fenced, Fenced, Fenced, Fenced, Open, Ending]),
-            (Ending, [Ending; 6]),
+            (Open, [Held, Recovering, Open, Open, Fenced, Open, Ending]),
+            (Held, [Held, Recovering, Open, Open, Fenced, Open, Ending]),
+            (Recovering, [Recovering, Recovering, Recovering, Open, Fenced, Open, Ending]),
+            (Fenced, [Fenced, Fenced, Fenced, Fenced, Fenced, Open, Ending]),
+            (Ending, [Ending; 7]),
         ];
         for (from, to) in table {
             for (event, expected) in events.into_iter().zip(to) {

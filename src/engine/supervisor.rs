@@ -45,7 +45,7 @@ impl<T: Send + 'static> Shared<T> {
                 // Stop looking, then look once more: whoever adds work after this has us woken again.
                 self.watching.store(false, Ordering::SeqCst);
                 fence(Ordering::SeqCst);
-                if self.ready.load(Ordering::Relaxed) || !self.inbox.is_empty() {
+                if self.ready.load(Ordering::Relaxed) || self.has_news() {
                     self.watching.store(true, Ordering::SeqCst);
                 }
             }

@@ -275,9 +275,12 @@ impl Target {
     }
 
     /// An offset in each object of the file that holds some of it: reads there tell of every server's lock.
+    /// None when the layout is not known: then nothing tells. Blocks.
     pub fn object_offsets(&self) -> Vec<u64> {
         let size_bytes = self.file.size_bytes().unwrap_or(u64::MAX);
-        self.layout_slot().as_ref().map_or_else(|| vec![0], |layout| layout.object_offsets(size_bytes))
+        // Read anew: writes of ours may have added objects.
+        let now = Layout::read(std::os::fd::AsFd::as_fd(&self.file)).ok().or_else(|| self.layout());
+        now.map_or_else(Vec::new, |layout| layout.object_offsets(size_bytes))
     }
 
     /// The server that holds a byte of the file.

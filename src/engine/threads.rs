@@ -447,7 +447,7 @@ impl<T> Shared<T> {
     pub(super) fn help(&self, stalled: Ticks) -> bool {
         let crowded = self.crew.active() >= self.budget;
         let wanted = (!crowded || stalled >= self.crowded_stall_ticks)
-            && (self.ready.load(Ordering::Relaxed) || !self.inbox.is_empty());
+            && (self.ready.load(Ordering::Relaxed) || self.has_news());
         if wanted {
             self.wake_one();
         }
@@ -470,6 +470,7 @@ impl<T> Shared<T> {
     pub(super) fn rouse(&self) {
         self.ready.store(true, Ordering::Relaxed);
         self.wake_one();
+        self.watch();
     }
 
     pub(super) fn wake_one(&self) {

@@ -70,6 +70,8 @@ pub struct Uring<T> {
     pushed: Vec<u32>,
     /// What a ring that failed has given back: for the workers.
     returned: List<Request<T>>,
+    /// What is answered without having been handed over.
+    answered: List<Request<T>>,
     files: Vec<bool>,
     reactor_cpus: Vec<u32>,
     /// The thread that used it last.
@@ -144,6 +146,7 @@ impl<T> Uring<T> {
             batch: BATCH,
             pushed: Vec::with_capacity(2 * ENTRIES as usize),
             returned: List::default(),
+            answered: List::default(),
             files: Vec::new(),
             reactor_cpus: options.reactor_cpus.clone(),
             user: None,
@@ -208,11 +211,28 @@ impl<T> Uring<T> {
         self.waiting.push_back(request);
     }
 
+    /// Answers with ECANCELED what waits here and the kernel has not got, if it is `meant`. Whether there was any.
+    pub fn cancel(&mut self, meant: impl Fn(&Request<T>) -> bool) -> bool {
+        let mut cancelled = self.waiting.extract(|request| meant(request));
+        let any = !cancelled.is_empty();
+        cancelled.iter_mut().for_each(|request| request.conclude(Err(libc::ECANCELED)));
+        self.answered.append(&mut cancelled);
+        any
+    }
+
+    /// Has a request answered by the next [`Uring::reap`], as done.
+    pub fn answer(&mut self, mut request: Placed<Request<T>>) {
+        request.conclude(Ok(()));
+        self.answered.push_back(request);
+    }
+
     /// Hands over what was submitted: one system call, and seldom a second that wakes the kernel's thread. Whether it is to be called
     /// again although nothing completes.
     pub fn enter(&mut self) -> bool {
         if self.broken {
-            return false;
+            // The polled ring still has what it was given; its thread may have to be woken.
+            let polled = self.polled.as_mut().filter(|polled| polled.in_flight() > 0);
+            return polled.is_some_and(|polled| polled.enter().is_err());
         }
         let Uring { ring, polled, flights, waiting, .. } = self;
         let mut again = false;
@@ -239,8 +259,6 @@ impl<T> Uring<T> {
                 self.pushed.clear();
             }
             count = flights.hand_over(waiting, &mut batch, self.batch, |place| self.pushed.push(place));
-            drop(batch);
-            self.adopt();
         }
         // One alone is not worth two looks at the clock.
         let start = if count > 1 { clock::now() } else { 0 };
@@ -249,7 +267,13 @@ impl<T> Uring<T> {
             self.adapt(count, clock::to_duration(clock::now().wrapping_sub(start)));
         }
         match entered {
-            Ok(()) => again || !self.waiting.is_empty(),
+            Ok(()) => {
+                // After this thread's first entry: before that the kernel knows nothing of it (EINVAL).
+                if count > 0 {
+                    self.adopt();
+                }
+                again || !self.waiting.is_empty()
+            }
             Err(libc::EBUSY | libc::EAGAIN) => true,
             Err(errno) => self.fail_over(errno),
         }
@@ -294,6 +318,7 @@ impl<T> Uring<T> {
     /// Takes what has completed: into `done` with its result, or into `again` for the workers to execute anew.
     pub fn reap(&mut self, done: &mut List<Request<T>>, again: &mut List<Request<T>>) {
         again.append(&mut self.returned);
+        done.append(&mut self.answered);
         let Uring { ring, polled, flights, .. } = self;
         for ring in std::iter::once(ring).chain(polled) {
             ring.reap(|place, result| {
@@ -315,7 +340,8 @@ impl<T> Uring<T> {
 
     /// Whether nothing is submitted that has not come back.
     pub fn is_idle(&self) -> bool {
-        self.flights.free.len() == ENTRIES as usize && self.waiting.is_empty() && self.returned.is_empty()
+        self.flights.free.len() == ENTRIES as usize
+            && [&self.waiting, &self.returned, &self.answered].iter().all(|list| list.is_empty())
     }
 }
 

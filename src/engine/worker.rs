@@ -40,15 +40,15 @@ impl<T: Send + 'static> Shared<T> {
             return;
         };
         self.crew.begin();
-        let mut finished: Option<(FinishedWork, Ticks, List<Request<T>>)> = None;
+        let mut finished: Option<(FinishedWork, Ticks, i32, List<Request<T>>)> = None;
         // The writes that the last call ended. Reserved, so that no I/O allocates.
         let mut answered: Vec<Ticket> = Vec::with_capacity(IOV_MAX);
         let mut picks_seen = self.picks.load(Ordering::Relaxed);
         'awake: loop {
             let mut sched = self.sched();
-            if let Some((work, took, again)) = finished.take() {
+            if let Some((work, took, flush_errno, again)) = finished.take() {
                 let retries = !again.is_empty();
-                if sched.finished(work, took, &mut answered, again) {
+                if sched.finished(work, took, flush_errno, &mut answered, again) {
                     self.quiet.notify_all();
                 }
                 if retries {
@@ -103,8 +103,10 @@ impl<T: Send + 'static> Shared<T> {
                 }
                 let again = if all_well { List::default() } else { self.to_try_again(&mut requests, now) };
                 answered.extend(requests.iter_mut().filter_map(|request| request.ticket.take()));
+                let flush = requests.front().filter(|request| request.op == Op::Flush);
+                let flush_errno = flush.map_or(0, |flush| flush.errno);
                 answer(&ports, requests);
-                finished = Some((done, now.wrapping_sub(start), again));
+                finished = Some((done, now.wrapping_sub(start), flush_errno, again));
                 continue;
             }
             let left_over = sched.has_ready();

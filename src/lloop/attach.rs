@@ -8,6 +8,7 @@ use super::prepare::{Prepared, prepare};
 use super::state::State;
 use super::{Attached, Entry, MODULE, REGISTRY, pool};
 use crate::engine::state::VolumeState;
+use crate::engine::target::Damage;
 use crate::engine::{Target, Volume};
 use crate::error::{Error, Result};
 use crate::os::file::{DirectFile, Identity, OpenOptions};
@@ -35,9 +36,9 @@ fn blocking() -> Result<Blocking> {
     REGISTRY.with(|registry| registry.blocking.clone()).ok_or_else(|| Error::new(libc::ENODEV, "lloop is not running"))
 }
 
-/// Whether a device is on its way out.
-pub fn is_detaching() -> bool {
-    with_entries(|entries| entries.values().any(|entry| matches!(entry, Entry::Attached(_)))).unwrap_or(false)
+/// Whether an attach or a detach is under way, given that the bdev layer has no device any more.
+pub fn is_busy() -> bool {
+    with_entries(|entries| !entries.is_empty()).unwrap_or(false)
 }
 
 /// Runs `call`, which may block, on another thread; whether that can be done.
@@ -148,7 +149,7 @@ pub async fn attach(mut params: CreateParams) -> Result<String> {
         .map_err(|error| no_answer(error, &params, limit))??;
     if let Err(error) = reservation.claim(*file.identity(), &file) {
         // Closing can block as well as opening can.
-        blocking.run(move || drop(file)).await?;
+        blocking.run_always(move || drop(file)).await?;
         return Err(error);
     }
     let wanted = params.clone();
@@ -158,6 +159,11 @@ pub async fn attach(mut params: CreateParams) -> Result<String> {
         .await
         .map_err(|error| no_answer(error, &params, limit))??;
 
+    // The bdev layer takes no device any more.
+    if super::is_ending() {
+        blocking.run_always(move || drop(target)).await?;
+        return Err(Error::new(libc::ENODEV, "the target is ending"));
+    }
     let description = Description {
         name: reservation.name.clone(),
         product: c"lloop",
@@ -318,7 +324,10 @@ pub async fn resize(name: &str, size_bytes: u64) -> Result<u64> {
     handle.set_num_blocks(num_blocks)?;
     device.set_size_limit(size_limit);
     target.set_len_bytes(new_bytes);
-    target.clear_damage();
+    // The others are an operator's to resume.
+    if target.damage() == Some(Damage::Truncated) {
+        target.clear_damage();
+    }
     target.expect_new_layout();
     Ok(new_bytes)
 }

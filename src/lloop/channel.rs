@@ -49,6 +49,8 @@ struct Inner {
     /// Made, elsewhere, when the first device wants it.
     ring: RefCell<RingState>,
     resets: RefCell<Vec<Reset>>,
+    /// What the next I/O is called, for aborts.
+    next_number: Cell<u64>,
 }
 
 /// A thread's ring. Making one takes milliseconds, so it happens off the reactor; until it is there the workers do everything.
@@ -96,6 +98,7 @@ impl PerThread for Group {
             reset_timer: RefCell::default(),
             ring: RefCell::default(),
             resets: RefCell::default(),
+            next_number: Cell::new(1),
         });
         let polled = inner.clone();
         let mut poller = Poller::register(c"lloop", 0, move || polled.poll())?;
@@ -322,12 +325,13 @@ impl Channel {
         let (offset, len) = (io.offset_bytes(), io.len_bytes());
         let fua = op == Op::Write && (io.is_fua() || self.device.writes_durably);
         self.counters.submitted();
-        let mut request = io.park(|io, number| {
+        let inner = &self.group.inner;
+        let number = inner.next_number.replace(inner.next_number.get() + 1);
+        let mut request = io.park(number, |io| {
             Request::new(op, &self.volume, offset, len, iovs, self.token(io)).with_fua(fua).with_number(number)
         });
         // Everybody claims, wherever it goes then.
         let alone = request.claim();
-        let inner = &self.group.inner;
         if let Some(slot) = self.slot()
             && alone
             && request.suits_a_ring()
@@ -368,14 +372,23 @@ impl Channel {
     /// Answers another I/O of this thread, if it has not started, then `io`.
     pub fn abort(&self, io: BdevIo) {
         let number = io.abort_target();
-        let request = io.park(|io, _| Request::abort(&self.volume, number, self.token(io)));
+        let request = io.park(0, |io| Request::abort(&self.volume, number, self.token(io)));
+        if let Some(ring) = self.group.inner.ring.borrow_mut().get()
+            && ring.cancel(|waiting| waiting.has_number(number))
+        {
+            ring.answer(request);
+            return self.group.inner.expect_poll();
+        }
         self.group.inner.port.borrow_mut().stage(request);
         self.group.inner.expect_poll();
     }
 
     /// Answers everything that has not started, then `io`, when the rest is answered: or as failed when that takes too long.
     pub fn reset(&self, io: BdevIo) {
-        let request = io.park(|io, _| Request::new(Op::Reset, &self.volume, 0, 0, IoVecs::EMPTY, self.token(io)));
+        if let Some(ring) = self.group.inner.ring.borrow_mut().get() {
+            ring.cancel(|waiting| waiting.is_of(&self.volume));
+        }
+        let request = io.park(0, |io| Request::new(Op::Reset, &self.volume, 0, 0, IoVecs::EMPTY, self.token(io)));
         self.group.inner.port.borrow_mut().stage(request);
         self.group.inner.expect_poll();
     }

@@ -26,6 +26,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,13 @@ struct Registry {
 
 static REGISTRY: Owned<Registry> = Owned::new();
 static POOL: Mutex<Option<Pool<Token>>> = Mutex::new(None);
+
+/// The module has been told to end.
+static ENDING: AtomicBool = AtomicBool::new(false);
+
+fn is_ending() -> bool {
+    ENDING.load(Ordering::SeqCst)
+}
 
 /// The way to other threads, for any reactor.
 static BLOCKING: Mutex<Option<Blocking>> = Mutex::new(None);
@@ -134,7 +142,7 @@ impl bdev::Module for Lloop {
             *POOL.lock().unwrap_or_else(PoisonError::into_inner) = Some(pool);
             let blocking = Blocking::new(reactor_cpus)?;
             *BLOCKING.lock().unwrap_or_else(PoisonError::into_inner) = Some(blocking.clone());
-            let memory = MemoryWatch::new(ring::forget_memory).map_err(|e| Error::os(e, "watching SPDK's memory"))?;
+            let memory = MemoryWatch::new(ring::memory_changes).map_err(|e| Error::os(e, "watching SPDK's memory"))?;
             REGISTRY.put(Registry { entries: RefCell::default(), blocking, _memory: memory });
             GROUPS.register();
             Ok(())
@@ -147,10 +155,12 @@ impl bdev::Module for Lloop {
 
     /// By now the bdev layer has unregistered every device that was not being detached before.
     fn fini(done: FiniDone) {
+        ENDING.store(true, Ordering::SeqCst);
         thread::spawn(async move {
-            // The bdev layer has forgotten those that were being detached already: their files are still being closed.
+            // The bdev layer has forgotten those that were being detached already: their files are still being closed. And an attach
+            // under way has to find out that it is too late.
             let deadline = Instant::now() + Duration::from_secs(options::current().detach_timeout_s.into());
-            while attach::is_detaching() && Instant::now() < deadline {
+            while attach::is_busy() && Instant::now() < deadline {
                 if poller::sleep(Duration::from_millis(5)).await.is_err() {
                     break;
                 }

@@ -119,11 +119,11 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
     Ok(Prepared { target, map, facts, num_blocks, stripe_blocks, split: split && stripe_blocks > 0 })
 }
 
-/// An offset in each object of a file.
+/// An offset in each object of a file; none when its layout cannot be read.
 fn object_offsets(file: &DirectFile, size_bytes: u64) -> Vec<u64> {
     match Layout::read(file.as_fd()) {
         Ok(layout) => layout.object_offsets(size_bytes),
-        Err(_) => vec![0],
+        Err(_) => Vec::new(),
     }
 }
 

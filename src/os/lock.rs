@@ -36,11 +36,11 @@ impl Marker {
         Marker(END_BYTES + 1 + (random >> 3) as i64)
     }
 
-    /// Takes it. A descriptor that cannot be written to has to do with a shared one.
+    /// Takes it, as the lock itself: exclusive or shared.
     ///
     /// # Errors
     /// The system's errno.
-    pub fn set(&self, fd: BorrowedFd<'_>, exclusive: bool) -> Result<(), i32> {
+    fn set(&self, fd: BorrowedFd<'_>, exclusive: bool) -> Result<(), i32> {
         let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
         call(fd, libc::F_OFD_SETLK, &mut range(kind, self.0, 1))
     }
@@ -48,12 +48,20 @@ impl Marker {
     /// Whether it is there: to be asked through another open file than it was set through. Takes none.
     ///
     /// # Errors
-    /// The errno of a server that cannot be asked.
-    pub fn is_set(&self, fd: BorrowedFd<'_>) -> Result<bool, i32> {
+    /// The errno of a server that cannot be asked. EBUSY when that cannot be told: ours is shared, and somebody else's shared lock on
+    /// everything hides it.
+    pub fn is_set(&self, fd: BorrowedFd<'_>, exclusive: bool) -> Result<bool, i32> {
         let mut lock = range(libc::F_WRLCK, self.0, 1);
         call(fd, libc::F_OFD_GETLK, &mut lock)?;
-        // Somebody's lock on a longer range is not ours.
-        Ok(lock.l_type != libc::F_UNLCK as libc::c_short && (lock.l_start, lock.l_len) == (self.0, 1))
+        if lock.l_type == libc::F_UNLCK as libc::c_short {
+            return Ok(false);
+        }
+        match (lock.l_start, lock.l_len) == (self.0, 1) {
+            true => Ok(true),
+            false if !exclusive && lock.l_type == libc::F_RDLCK as libc::c_short => Err(libc::EBUSY),
+            // It covers the place, so an exclusive marker cannot be there.
+            false => Ok(false),
+        }
     }
 }
 
@@ -83,15 +91,23 @@ fn call(fd: BorrowedFd<'_>, command: i32, lock: &mut libc::flock) -> Result<(), 
     }
 }
 
-/// Asks for a lock on the whole file: exclusive for a writer, else shared. Does not wait for a holder, but the system call
+/// Asks for a lock on the whole file, exclusive or shared; with its `marker`, if one is wanted. Does not wait for a holder, but the system call
 /// may take as long as a metadata server does.
 ///
 /// # Errors
 /// The errno of anything but a conflict or missing support.
-pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool) -> Result<Outcome, i32> {
+pub fn try_lock(fd: BorrowedFd<'_>, exclusive: bool, marker: Option<&Marker>) -> Result<Outcome, i32> {
     let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
-    match call(fd, libc::F_OFD_SETLK, &mut range(kind, 0, END_BYTES)) {
-        Ok(()) => Ok(Outcome::Held),
+    let len_bytes = if marker.is_some() { END_BYTES } else { 0 };
+    match call(fd, libc::F_OFD_SETLK, &mut range(kind, 0, len_bytes)) {
+        Ok(()) => match marker.map_or(Ok(()), |marker| marker.set(fd, exclusive)) {
+            Ok(()) => Ok(Outcome::Held),
+            Err(libc::EAGAIN | libc::EACCES) => {
+                unlock(fd);
+                Ok(Outcome::Conflict)
+            }
+            Err(other) => Err(other),
+        },
         Err(libc::EAGAIN | libc::EACCES) => Ok(Outcome::Conflict),
         // ENOLCK and EINVAL are a lock server's that cannot give a lock now: that is not the same.
         Err(libc::ENOSYS | libc::EOPNOTSUPP) => Ok(Outcome::Unsupported),
@@ -112,14 +128,14 @@ mod tests {
         File::create(&path).unwrap();
         let open = || File::options().read(true).write(true).open(&path).unwrap();
         let (a, b) = (open(), open());
-        assert_eq!(try_lock(a.as_fd(), true), Ok(Outcome::Held));
-        assert_eq!(try_lock(b.as_fd(), true), Ok(Outcome::Conflict));
-        assert_eq!(try_lock(b.as_fd(), false), Ok(Outcome::Conflict));
+        assert_eq!(try_lock(a.as_fd(), true, None), Ok(Outcome::Held));
+        assert_eq!(try_lock(b.as_fd(), true, None), Ok(Outcome::Conflict));
+        assert_eq!(try_lock(b.as_fd(), false, None), Ok(Outcome::Conflict));
         drop(a);
-        assert_eq!(try_lock(b.as_fd(), false), Ok(Outcome::Held));
+        assert_eq!(try_lock(b.as_fd(), false, None), Ok(Outcome::Held));
         let c = open();
-        assert_eq!(try_lock(c.as_fd(), false), Ok(Outcome::Held));
-        assert_eq!(try_lock(c.as_fd(), true), Ok(Outcome::Conflict));
+        assert_eq!(try_lock(c.as_fd(), false, None), Ok(Outcome::Held));
+        assert_eq!(try_lock(c.as_fd(), true, None), Ok(Outcome::Conflict));
     }
 
     #[test]
@@ -128,19 +144,24 @@ mod tests {
         let open = || File::options().read(true).write(true).open(file.path()).unwrap();
         let (ours, watch, stranger) = (open(), open(), open());
         let marker = Marker::new();
-        assert_eq!(try_lock(ours.as_fd(), true), Ok(Outcome::Held));
-        assert_eq!(marker.is_set(watch.as_fd()), Ok(false));
-        marker.set(ours.as_fd(), true).unwrap();
-        assert_eq!(marker.is_set(watch.as_fd()), Ok(true));
+        assert_eq!(marker.is_set(watch.as_fd(), true), Ok(false));
+        assert_eq!(try_lock(ours.as_fd(), true, Some(&marker)), Ok(Outcome::Held));
+        assert_eq!(marker.is_set(watch.as_fd(), true), Ok(true));
         // As a server that evicts us does; then a stranger comes, with a lock like ours or on everything.
         unlock(ours.as_fd());
-        assert_eq!(try_lock(stranger.as_fd(), true), Ok(Outcome::Held));
-        Marker::new().set(stranger.as_fd(), true).unwrap();
-        assert_eq!(marker.is_set(watch.as_fd()), Ok(false));
+        assert_eq!(try_lock(stranger.as_fd(), true, Some(&Marker::new())), Ok(Outcome::Held));
+        assert_eq!(marker.is_set(watch.as_fd(), true), Ok(false));
         call(stranger.as_fd(), libc::F_OFD_SETLK, &mut range(libc::F_WRLCK, 0, 0)).unwrap();
-        assert_eq!(marker.is_set(watch.as_fd()), Ok(false), "it covers the marker, and is not it");
+        assert_eq!(marker.is_set(watch.as_fd(), true), Ok(false), "it covers the marker, and is not it");
         unlock(stranger.as_fd());
-        assert_eq!(try_lock(ours.as_fd(), true), Ok(Outcome::Held));
-        assert_eq!(marker.is_set(watch.as_fd()), Ok(false), "the lock alone, taken again, vouches for nothing");
+        // Shared ones: somebody else's on everything hides ours.
+        assert_eq!(try_lock(ours.as_fd(), false, Some(&marker)), Ok(Outcome::Held));
+        assert_eq!(marker.is_set(watch.as_fd(), false), Ok(true));
+        assert_eq!(try_lock(stranger.as_fd(), false, None), Ok(Outcome::Held));
+        assert!(marker.is_set(watch.as_fd(), false) != Ok(false), "it is there");
+        unlock(ours.as_fd());
+        unlock(stranger.as_fd());
+        assert_eq!(try_lock(ours.as_fd(), true, None), Ok(Outcome::Held));
+        assert_eq!(marker.is_set(watch.as_fd(), true), Ok(false), "the lock alone, taken again, vouches for nothing");
     }
 }

@@ -12,7 +12,7 @@ use super::thread::CpuSet;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Slots for registered files.
 const FILES: u32 = 512;
@@ -49,9 +49,27 @@ impl Drop for Registering {
     }
 }
 
-/// To be called before memory that may be registered is unmapped: other memory can appear at the same addresses later, while the
-/// kernel would still move data to and from the old. From then on the rings there are use all memory unregistered.
-pub fn forget_memory(start: usize, len_bytes: usize) {
+/// Memory that is about to be unmapped, or was: start and length.
+static GONE: Mutex<Vec<(usize, usize)>> = Mutex::new(Vec::new());
+
+fn gone() -> MutexGuard<'static, Vec<(usize, usize)>> {
+    GONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// To be called after memory was mapped that rings may register, and before it is unmapped.
+pub fn memory_changes(start: usize, len_bytes: usize, is_mapped: bool) {
+    // Before anybody can read that it is still there.
+    let mut gone = gone();
+    gone.retain(|&(other, len)| other >= start + len_bytes || other + len <= start);
+    if !is_mapped {
+        gone.push((start, len_bytes));
+        forget_memory(start, len_bytes);
+    }
+}
+
+/// Other memory can appear at the same addresses later, while the kernel would still move data to and from the old. From here on the
+/// rings there are use all memory unregistered.
+fn forget_memory(start: usize, len_bytes: usize) {
     let (low, high) = (REGISTERED.0.load(Ordering::SeqCst), REGISTERED.1.load(Ordering::SeqCst));
     let is_registered = start < high && start.saturating_add(len_bytes) > low;
     if is_registered || REGISTERING.load(Ordering::SeqCst) > 0 {
@@ -200,7 +218,10 @@ impl Ring {
         self.memory.forgotten = FORGOTTEN.load(Ordering::SeqCst);
         let _registering = Registering::begin();
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-        let regions = hugepage_regions(&maps);
+        let is_gone = |region: &(usize, usize)| {
+            gone().iter().any(|&(start, len)| region.0 < start + len && start < region.0 + region.1)
+        };
+        let regions: Vec<_> = hugepage_regions(&maps).into_iter().filter(|region| !is_gone(region)).collect();
         let iovecs: Vec<libc::iovec> =
             regions.iter().map(|&(start, len)| libc::iovec { iov_base: start as *mut _, iov_len: len }).collect();
         // Before the kernel has them: what goes away while it takes them is noticed.

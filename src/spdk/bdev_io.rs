@@ -5,7 +5,6 @@ use crate::os::queue::{Node, Placed};
 use spdk_sys as sys;
 use spdk_sys::compat;
 use spdk_sys::{spdk_bdev_io_status as status, spdk_bdev_io_type as kind};
-use std::cell::Cell;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr::NonNull;
@@ -14,11 +13,6 @@ use std::ptr::NonNull;
 const PARKED_BYTES: usize = 136;
 /// Behind that lies the number of the I/O, which stays with its thread.
 pub const CONTEXT_BYTES: usize = PARKED_BYTES + size_of::<u64>();
-
-thread_local! {
-    /// The number of the next I/O of this thread.
-    static NEXT: Cell<u64> = const { Cell::new(1) };
-}
 
 /// What an I/O asks for, as far as this layer's users can do it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -160,30 +154,29 @@ impl BdevIo {
     /// The number of the I/O that an abort means, as [`BdevIo::park`] gave it. 0 for one that was never parked.
     pub fn abort_target(&self) -> u64 {
         // SAFETY: an abort has this member of the union, and what it names is an I/O of the same channel, so of this thread, that is
-        // not completed. Its number was written when it was submitted, and is touched by this thread only.
+        // not completed. Its number was written when it was submitted, and is touched by its SPDK thread only.
         unsafe {
             let context = &raw const (*self.raw().u.abort.bio_to_abort).driver_ctx;
             context.cast::<u8>().add(PARKED_BYTES).cast::<u64>().read()
         }
     }
 
-    /// Puts the I/O away, in its own context memory, as part of what `make` makes of it and of its number: one that no other I/O of the
-    /// same thread has.
-    pub fn park<C: Send>(self, make: impl FnOnce(Parked, u64) -> C) -> Placed<C> {
+    /// Puts the I/O away, in its own context memory, as part of what `make` makes of it. `number` is what [`BdevIo::abort_target`] gives
+    /// for an abort of it; 0 for one that nobody aborts.
+    pub fn park<C: Send>(self, number: u64, make: impl FnOnce(Parked) -> C) -> Placed<C> {
         const {
             assert!(size_of::<Node<C>>() <= PARKED_BYTES, "the context memory is too small");
             assert!(align_of::<Node<C>>() <= 8, "the context memory is aligned for 8 bytes");
         }
         let io = self.io;
         std::mem::forget(self);
-        let number = NEXT.replace(NEXT.get() + 1);
         // SAFETY: driver_ctx is the end of the structure; behind it lie CONTEXT_BYTES that are the module's while it has the
         // I/O, aligned like the structure. The I/O is completed only by way of the `Parked` that goes into the value, so
         // not before that was taken out again.
         unsafe {
             (&raw mut (*io.as_ptr()).driver_ctx).cast::<u8>().add(PARKED_BYTES).cast::<u64>().write(number);
             let memory = (&raw mut (*io.as_ptr()).driver_ctx).cast::<MaybeUninit<Node<C>>>();
-            Placed::new(NonNull::new_unchecked(memory), make(Parked(io), number))
+            Placed::new(NonNull::new_unchecked(memory), make(Parked(io)))
         }
     }
 

@@ -1,14 +1,15 @@
-//! Hearing of memory that goes away.
+//! Hearing of memory that comes and goes.
 
 use spdk_sys as sys;
 use std::ffi::{c_int, c_void};
 use std::ptr::NonNull;
 
-/// Calls a function for every range of memory that SPDK (its environment, or a guest's end) stops using, before it is unmapped.
-/// From whatever thread that happens on. Ends when dropped.
+/// Calls a function for every range of memory that SPDK (its environment, or a guest) begins to use, after it was mapped, with `true`;
+/// and for every one that it stops using, before it is unmapped, with `false`. From whatever thread that happens on. Ends when
+/// dropped.
 pub struct MemoryWatch(NonNull<sys::spdk_mem_map>);
 
-type Forget = fn(start: usize, len_bytes: usize);
+type Changes = fn(start: usize, len_bytes: usize, is_mapped: bool);
 
 unsafe extern "C" fn notify(
     context: *mut c_void,
@@ -17,11 +18,10 @@ unsafe extern "C" fn notify(
     start: *mut c_void,
     len_bytes: usize,
 ) -> c_int {
-    if action == sys::spdk_mem_map_notify_action::SPDK_MEM_MAP_NOTIFY_UNREGISTER {
-        // SAFETY: the context is the function that `new` passed.
-        let forget = unsafe { std::mem::transmute::<*mut c_void, Forget>(context) };
-        super::guard("forgetting memory", || forget(start as usize, len_bytes));
-    }
+    let is_mapped = action != sys::spdk_mem_map_notify_action::SPDK_MEM_MAP_NOTIFY_UNREGISTER;
+    // SAFETY: the context is the function that `new` passed.
+    let changes = unsafe { std::mem::transmute::<*mut c_void, Changes>(context) };
+    super::guard("watching memory", || changes(start as usize, len_bytes, is_mapped));
     0
 }
 
@@ -30,10 +30,10 @@ impl MemoryWatch {
     ///
     /// # Errors
     /// ENOMEM.
-    pub fn new(forget: Forget) -> Result<Self, i32> {
+    pub fn new(changes: Changes) -> Result<Self, i32> {
         static OPS: sys::spdk_mem_map_ops = sys::spdk_mem_map_ops { notify_cb: Some(notify), are_contiguous: None };
         // SAFETY: the operations are a static, and the context is a function.
-        let map = unsafe { sys::spdk_mem_map_alloc(0, &OPS, forget as *mut c_void) };
+        let map = unsafe { sys::spdk_mem_map_alloc(0, &OPS, changes as *mut c_void) };
         NonNull::new(map).map(MemoryWatch).ok_or(libc::ENOMEM)
     }
 }
