@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long a detach waits for a device that is open, before it says so.
-const EXAMINE_PATIENCE: Duration = Duration::from_millis(500);
+const EXAMINE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Uses the table of names. Not across an await.
 fn with_entries<R>(f: impl FnOnce(&mut BTreeMap<String, Entry>) -> R) -> Result<R> {
