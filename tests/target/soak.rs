@@ -358,7 +358,11 @@ impl<'a> Load<'a> {
                 continue;
             }
             if let Err(failed) = result {
-                assert!(self.soak.may_fail.there_was_one(excuse), "{what} failed: {failed:x?}, after {} flushes", self.flushes_failed);
+                assert!(
+                    self.soak.may_fail.there_was_one(excuse),
+                    "{what} failed: {failed:x?}, after {} flushes",
+                    self.flushes_failed
+                );
                 self.failed += 1;
             }
         }
