@@ -23,7 +23,7 @@ fn run_script(args: &[&str]) -> String {
 fn run_sh_proves_itself() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     // Its target and its initiator.
-    let _memory = hugepages::claim(hugepages::DEFAULT_MIB + 512);
+    let _memory = hugepages::claim(hugepages::DEFAULT_MIB + 384);
     // Memory that a dead process of SPDK's kind has left is given back on the way, and so is the lock of a test's socket.
     let mut dead = Command::new("true").spawn().unwrap();
     dead.wait().unwrap();
@@ -46,7 +46,7 @@ fn run_sh_proves_itself() {
 fn run_sh_serves_until_it_is_interrupted() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     // Its target and its initiator.
-    let _memory = hugepages::claim(hugepages::DEFAULT_MIB + 512);
+    let _memory = hugepages::claim(hugepages::DEFAULT_MIB + 384);
     let folder = folder();
     let own = image(folder.path(), "own.img", 8 << 20);
     let output = folder.path().join("output");

@@ -200,7 +200,7 @@ fn serves_a_machine(target: &Target, here: &Path, own: &Path) {
 
 #[test]
 fn a_target_that_gives_up_its_rights() {
-    let _memory = hugepages::reserve(1024 + 256);
+    let _memory = hugepages::reserve(2048);
     // A place that other users reach, which the build folder need not be.
     let dir = tempfile::Builder::new().prefix("lloop-user").tempdir_in("/var/tmp").unwrap();
     let here = dir.path().to_owned();
