@@ -53,7 +53,7 @@ pub fn prepare(file: DirectFile, params: &CreateParams, lock_timeout: Duration) 
     let options =
         GuardOptions { this_node_only, ..guard_options(params, file.identity().fid.is_some(), lock_timeout)? };
     let guard = Guard::take_advisory(&file, options).map_err(|error| match error.errno {
-        // (The two that are about locks only.)
+        // The two that are about locks only.
         libc::ENOLCK | libc::EINVAL => Error::new(
             error.errno,
             format!(

@@ -164,7 +164,7 @@ impl Blocking {
             // (The call counts for as long as it is waited for: the caller can start no more than so many a time.)
             let worker = std::thread::Builder::new().name("lloop-call".into()).spawn(move || {
                 let _returns = returns;
-                // (A result that nobody waits for is dropped here. That can block, too.)
+                // A result that nobody waits for is dropped here. That can block, too.
                 let _ = sender.send(call());
             });
             worker.map_err(|e| Error::os(e.raw_os_error().unwrap_or(libc::EAGAIN), "starting a thread"))?;

@@ -1,34 +1,12 @@
 //! Control calls that meet each other, fenced devices, and servers that do not answer.
 
-use crate::common::slow::{SlowFile, fixture};
+use crate::client::{MIB, attach, info, start, striped};
 use crate::common::{Refused, Target, call, eventually, folder};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
-const MIB: u64 = 1 << 20;
-
-fn start() -> Target {
-    let target = Target::start_on_lustre(&[]);
-    target.ok("bdev_lloop_set_options", json!({"lock_check": 1, "lock_timeout": 3}));
-    target
-}
-
-fn striped(folder: &tempfile::TempDir) -> SlowFile {
-    SlowFile::lustre(folder.path(), 8 * MIB, &fixture("v1-two-stripes"))
-}
-
-fn attach(target: &Target, file: &SlowFile, more: Value) -> String {
-    let mut params = json!({"filename": file.path});
-    params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    target.ok("bdev_lloop_create", params).as_str().unwrap().to_owned()
-}
-
 fn size_bytes(target: &Target, name: &str) -> u64 {
     target.bdev(name)["num_blocks"].as_u64().unwrap() * 4096
-}
-
-fn info(target: &Target, name: &str) -> Value {
-    target.bdev(name)["driver_specific"]["lloop"].clone()
 }
 
 #[test]

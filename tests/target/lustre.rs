@@ -1,44 +1,14 @@
 //! Devices on Lustre, as the stand-in has it: who they are, how they keep others out, and what they survive.
 
+use crate::client::{MIB, attach, info, start, stats, striped, until};
 use crate::common::load::Load;
 use crate::common::nvme::Failed;
 use crate::common::slow::{SlowFile, fixture};
-use crate::common::{Target, eventually, folder, hugepages};
-use serde_json::{Value, json};
+use crate::common::{folder, hugepages};
+use serde_json::json;
 use std::time::{Duration, Instant};
 
-const MIB: u64 = 1 << 20;
 const BLOCKS: u64 = 8 * MIB / 4096;
-
-/// A target that is a client of Lustre, and looks after its files often.
-fn start() -> Target {
-    let target = Target::start_on_lustre(&[]);
-    target.ok("bdev_lloop_set_options", json!({"lock_check": 1, "lock_timeout": 3, "stall_warn": 1}));
-    target
-}
-
-fn striped(folder: &tempfile::TempDir) -> SlowFile {
-    SlowFile::lustre(folder.path(), 8 * MIB, &fixture("v1-two-stripes"))
-}
-
-fn attach(target: &Target, file: &SlowFile, more: Value) -> String {
-    let mut params = json!({"filename": file.path});
-    params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    target.ok("bdev_lloop_create", params).as_str().unwrap().to_owned()
-}
-
-fn info(target: &Target, name: &str) -> Value {
-    target.bdev(name)["driver_specific"]["lloop"].clone()
-}
-
-fn stats(target: &Target, name: &str) -> Value {
-    target.ok("bdev_lloop_get_stats", json!({"name": name}))["devices"][0].clone()
-}
-
-/// Waits until `seen`.
-fn until(what: &str, seen: impl FnMut() -> bool) {
-    assert!(eventually(seen), "waiting until {what}");
-}
 
 #[test]
 fn lustre_tells_who_a_file_is_and_where_it_lies() {

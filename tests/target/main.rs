@@ -5,6 +5,7 @@ mod common;
 
 mod bad_input;
 mod cli;
+mod client;
 mod composition;
 mod control;
 mod create;

@@ -1,44 +1,15 @@
 //! The engine's rules (docs/internals/rules.md), each through a running target: the reproductions that they were written for.
 
+use crate::client::{MIB, attach, info, start, stats, striped, until};
 use crate::common::nvme::{Failed, Nvme};
-use crate::common::slow::{SlowFile, fixture};
-use crate::common::{Target, eventually, folder};
+use crate::common::{Target, folder};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-const MIB: u64 = 1 << 20;
 /// What a host with several paths takes as a reason to try another one.
 const PATH_ERROR: Failed = Failed((3, 0));
-
-fn start() -> Target {
-    let target = Target::start_on_lustre(&[]);
-    target.ok("bdev_lloop_set_options", json!({"lock_check": 1, "lock_timeout": 3}));
-    target
-}
-
-fn striped(folder: &tempfile::TempDir) -> SlowFile {
-    SlowFile::lustre(folder.path(), 8 * MIB, &fixture("v1-two-stripes"))
-}
-
-fn attach(target: &Target, file: &SlowFile, more: Value) -> String {
-    let mut params = json!({"filename": file.path});
-    params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    target.ok("bdev_lloop_create", params).as_str().unwrap().to_owned()
-}
-
-fn info(target: &Target, name: &str) -> Value {
-    target.bdev(name)["driver_specific"]["lloop"].clone()
-}
-
-fn stats(target: &Target, name: &str) -> Value {
-    target.ok("bdev_lloop_get_stats", json!({"name": name}))["devices"][0].clone()
-}
-
-fn until(what: &str, seen: impl FnMut() -> bool) {
-    assert!(eventually(seen), "waiting until {what}");
-}
 
 /// Proves that a write that failed and waits for its next try does not come after a newer one to the same block, also when the host
 /// has given up on it. Without the rule the second host's data is overwritten half a second after its answer.

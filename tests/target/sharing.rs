@@ -1,32 +1,11 @@
 //! Who may have a file of Lustre at the same time as others, and what an attach says to those who may not.
 
-use crate::common::slow::{SlowFile, fixture};
-use crate::common::{Target, folder};
-use serde_json::{Value, json};
+use crate::client::{LOCK_TIMEOUT_S, attach, start, striped, with_file};
+use crate::common::folder;
+use serde_json::json;
 use std::time::{Duration, Instant};
 
-const MIB: u64 = 1 << 20;
-const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
-
-fn start() -> Target {
-    let target = Target::start_on_lustre(&[]);
-    target.ok("bdev_lloop_set_options", json!({"lock_check": 1, "lock_timeout": LOCK_TIMEOUT.as_secs()}));
-    target
-}
-
-fn striped(folder: &tempfile::TempDir) -> SlowFile {
-    SlowFile::lustre(folder.path(), 8 * MIB, &fixture("v1-two-stripes"))
-}
-
-fn with_file(file: &SlowFile, more: &Value) -> Value {
-    let mut params = json!({"filename": file.path});
-    params.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    params
-}
-
-fn attach(target: &Target, file: &SlowFile, more: Value) -> String {
-    target.ok("bdev_lloop_create", with_file(file, &more)).as_str().unwrap().to_owned()
-}
+const LOCK_TIMEOUT: Duration = Duration::from_secs(LOCK_TIMEOUT_S);
 
 #[test]
 fn sharing_needs_whole_pages() {
