@@ -18,7 +18,7 @@ import time
 from benchmark import output, raw
 from benchmark.bars import judge
 from benchmark.files import GIB, MIB, SLOW_SIZE, Files
-from benchmark.spdk import ALONE, Bdevperf, Failed
+from benchmark.spdk import HELPED, Bdevperf, Failed
 
 IN_SPDK = ["lloop/uring", "lloop/threads", "bdev_aio", "bdev_uring"]
 RAW = ["fio io_uring", "fio libaio"]
@@ -171,9 +171,9 @@ class Bench:
         everybody = IN_SPDK + ["malloc", "fio t/io_uring"] + RAW + ["fio pvsync2 pool", "fio on kernel loop"]
         few = IN_SPDK + ["fio io_uring"]
         some = few if quick else few + ["fio on kernel loop"]
-        everybody.insert(1, ALONE)
+        everybody.insert(1, HELPED)
         for depth in (1, 32, 128):
-            names = everybody if depth == 32 or not quick else [ALONE] + IN_SPDK + ["malloc", "fio t/io_uring"]
+            names = everybody if depth == 32 or not quick else [HELPED] + IN_SPDK + ["malloc", "fio t/io_uring"]
             self.work("unwritten", "unwritten", "randread", depth, 4096, names, "bdev_uring" if depth == 1 else aio)
         for depth in (1, 32, 128):
             self.work("unwritten", "fresh", "randwrite", depth, 4096, some + ["fio pvsync2 pool"], aio)

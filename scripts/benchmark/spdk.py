@@ -20,7 +20,7 @@ TAIL_S = 0.25
 DEEP = {"lane_limit": 64, "workers": 128}
 
 # The uring engine on the reactor's processor alone.
-ALONE = "lloop/uring no sqpoll"
+HELPED = "lloop/uring sqpoll"
 
 
 class Failed(Exception):
@@ -116,8 +116,8 @@ class Bdevperf:
     def start(self, bdevs, work, depth, size, seconds, deep):
         calls = [dict(zip(("method", "params"), description(*b))) for b in bdevs]
         options = dict(DEEP) if deep else {}
-        if any(kind == ALONE for kind, _, _ in bdevs):
-            options["sqpoll"] = False
+        if any(kind == HELPED for kind, _, _ in bdevs):
+            options["sqpoll_cpus"] = [1]
         if options:
             calls.insert(0, {"method": "bdev_lloop_set_options", "params": options})
         config = os.path.join(self.work, "bdevs.json")
