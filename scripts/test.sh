@@ -39,7 +39,7 @@ LLOOP_GUEST=$(scripts/guest.sh)
 export LLOOP_GUEST
 
 say "testing with SPDK v$version ($SPDK_DIR)"
-if [ "$version" = 20.07 ]; then note "what v20.07 has not is left out, and said: vhost, interrupt mode"; fi
+if [ "$version" = 20.07 ]; then note "what v20.07 has not is left out, and said: vhost, interrupt mode, who is connected"; fi
 
 # Each test that starts a target has its own socket and folder, and takes hugepage memory from a budget (tests/common/hugepages.rs).
 # Two at a time is what two cores carry.

@@ -12,6 +12,8 @@ pub mod spdk;
 
 use program::Program;
 use serde_json::{Value, json};
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -247,12 +249,21 @@ impl Target {
     /// Its open descriptors: what they lead to. Without hugepage files, which are counted apart, and sockets: the RPC
     /// connections of the tests come and go.
     pub fn descriptors(&self) -> Vec<String> {
-        let dir = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
-        let mut all: Vec<String> = dir
-            .filter_map(|entry| Some(std::fs::read_link(entry.ok()?.path()).ok()?.display().to_string()))
+        let open = || -> HashSet<(OsString, PathBuf)> {
+            let dir = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().flatten();
+            dir.filter_map(|entry| Some((entry.file_name(), std::fs::read_link(entry.path()).ok()?))).collect()
+        };
+        // Any thread may have a file open for a moment: glibc reads /proc/self/maps and the number of processors when a thread starts.
+        let mut lasting = open();
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_millis(3));
+            let now = open();
+            lasting.retain(|descriptor| now.contains(descriptor));
+        }
+        let mut all: Vec<String> = lasting
+            .into_iter()
+            .map(|(_, path)| path.display().to_string())
             .filter(|path| !path.starts_with("/dev/hugepages/") && !path.starts_with("socket:"))
-            // Any thread may have this open for a moment: glibc counts the processors in it when it makes a heap.
-            .filter(|path| !path.starts_with("/sys/devices/system/cpu/"))
             // (SPDK v20.07 names the iSCSI connections' memory alike in every process, so another's end removes the name.)
             .map(|path| path.trim_end_matches(" (deleted)").to_owned())
             .collect();

@@ -12,6 +12,8 @@ pub enum Part {
     Vhost,
     /// Reactors that sleep.
     InterruptMode,
+    /// An answer to the question which hosts are connected.
+    ConnectedHosts,
 }
 
 /// The version of the SPDK in lloop_tgt, "26.01".
@@ -34,7 +36,7 @@ pub fn has(part: Part, what: &str) -> bool {
             Some(tree) => Path::new(&tree).join("build/lib/libspdk_vhost.a").exists(),
             None => number > 24.0,
         },
-        Part::InterruptMode => number > 24.0,
+        Part::InterruptMode | Part::ConnectedHosts => number > 24.0,
     };
     if !is_there {
         let test = std::thread::current().name().unwrap_or("a test").to_owned();
