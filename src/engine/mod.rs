@@ -7,11 +7,15 @@
 pub mod guard;
 mod keeper;
 pub mod lane;
-mod order;
+#[doc(hidden)]
+pub mod order;
 pub mod port;
 pub mod request;
 pub mod retry;
-mod sched;
+#[doc(hidden)]
+pub mod rules;
+#[doc(hidden)]
+pub mod sched;
 pub mod state;
 pub mod stats;
 mod supervisor;

@@ -21,18 +21,22 @@ const FLUSHES: u16 = u16::MAX;
 
 /// What a worker executes as one.
 pub struct Work<T> {
-    pub(super) requests: List<Request<T>>,
+    /// To be executed, or answered.
+    pub requests: List<Request<T>>,
     /// Calls on this lane take long.
-    pub(super) slow: bool,
-    pub(super) done: FinishedWork,
+    pub slow: bool,
+    /// For [`Sched::finished`].
+    pub done: FinishedWork,
     /// Not to be executed: each has its errno.
-    pub(super) refused: bool,
+    pub refused: bool,
 }
 
 /// What the scheduler needs to know of a work that is done.
 pub struct FinishedWork {
-    pub(super) volume: u32,
-    pub(super) lane: u16,
+    /// Whose it is.
+    pub volume: u32,
+    /// Its lane, or one behind all lanes for flushes.
+    pub lane: u16,
     range: Option<Range>,
 }
 
