@@ -6,15 +6,16 @@
 //! can have come in, and the other is taken again without asking anybody. Where that is not so the volume is fenced until an
 //! operator decides.
 
+use super::lockable::Lockable;
+use super::rules::{Rule, keeps};
 use crate::error::{Error, Result, reason};
+use crate::os::clock;
 use crate::os::file::{DirectFile, Unlocked};
-use crate::os::lock::{self, Marker, Outcome};
-use crate::os::lustre::group;
+use crate::os::lock::{Marker, Outcome};
 use std::num::NonZeroU32;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Which locks are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,16 +41,16 @@ pub enum Sharing {
     Shared,
 }
 
-/// The locks of a volume.
+/// The locks of a volume on its file.
 #[derive(Debug)]
-pub struct Guard {
+pub struct Guard<F: Lockable = DirectFile> {
     options: GuardOptions,
     /// What came of the advisory lock.
     advisory: Option<Outcome>,
     /// What tells our advisory lock from anybody else's.
     marker: Marker,
     /// Another open file of the same, to ask the server through.
-    watch: Mutex<Option<OwnedFd>>,
+    watch: Mutex<Option<F::Watch>>,
     /// How often a lock was lost and taken again.
     recoveries: AtomicU64,
     /// The file's data version when it was fenced, to tell whether somebody has written since.
@@ -64,11 +65,17 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How often a group lock that somebody else has is asked for again when a file is attached.
 const GROUP_TRIES: u32 = 2;
 
-impl Guard {
+impl<F: Lockable> Guard<F> {
     /// No locks.
     pub fn none() -> Self {
+        Self::untaken(GuardOptions::default())
+    }
+
+    /// Says which locks are wanted, and takes none.
+    #[doc(hidden)]
+    pub fn untaken(options: GuardOptions) -> Self {
         Guard {
-            options: GuardOptions::default(),
+            options,
             advisory: None,
             marker: Marker::new(),
             watch: Mutex::new(None),
@@ -82,18 +89,17 @@ impl Guard {
     ///
     /// # Errors
     /// EBUSY when somebody holds a lock that excludes it; the system's errno.
-    pub fn take_advisory(file: &DirectFile, options: GuardOptions) -> Result<Self> {
+    pub fn take_advisory(file: &F, options: GuardOptions) -> Result<Self> {
         let shown = file.path().display();
         let marker = Marker::new();
         let advisory = match options.advisory {
             None => None,
             Some(sharing) => Some(
-                lock::try_lock(file.as_fd(), sharing == Sharing::Exclusive)
-                    .map_err(|e| Error::os(e, format!("locking {shown}")))?,
+                file.try_lock(sharing == Sharing::Exclusive).map_err(|e| Error::os(e, format!("locking {shown}")))?,
             ),
         };
         if advisory == Some(Outcome::Held) {
-            marker.set(file.as_fd(), !file.read_only()).map_err(|e| Error::os(e, format!("locking {shown}")))?;
+            file.set_marker(marker).map_err(|e| Error::os(e, format!("locking {shown}")))?;
         }
         if advisory == Some(Outcome::Conflict) {
             let who = if file.read_only() { "a writer" } else { "another process or node" };
@@ -103,18 +109,15 @@ impl Guard {
             ));
         }
         // Only a metadata server can lose a lock.
-        let watched = advisory == Some(Outcome::Held) && file.identity().fid.is_some() && !options.this_node_only;
-        let watch =
-            watched.then(|| file.duplicate()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
-        let version =
-            if watch.is_some() && file.read_only() { group::data_version(file.as_fd()).unwrap_or(0) } else { 0 };
+        let watched = advisory == Some(Outcome::Held) && file.may_lose_locks() && !options.this_node_only;
+        let watch = watched.then(|| file.watch()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
+        let version = if watch.is_some() && file.read_only() { file.data_version().unwrap_or(0) } else { 0 };
         Ok(Guard {
-            options,
             advisory,
             marker,
             watch: Mutex::new(watch),
             version_at_start: AtomicU64::new(version),
-            ..Guard::none()
+            ..Guard::untaken(options)
         })
     }
 
@@ -122,15 +125,15 @@ impl Guard {
     ///
     /// # Errors
     /// EBUSY when another group has it; ENOTTY, EOPNOTSUPP and their like where the filesystem has no group locks.
-    pub fn take_group(&self, file: &DirectFile) -> Result<()> {
+    pub fn take_group(&self, file: &F) -> Result<()> {
         let Some(gid) = self.options.group else { return Ok(()) };
         let shown = file.path().display();
-        let mut taken = lock_group(file, gid);
+        let mut taken = file.group_lock(gid);
         // Somebody else's attach may be looking for group locks: that takes one for a moment.
         for _ in 0..GROUP_TRIES {
             if taken == Err(libc::EAGAIN) {
-                std::thread::sleep(PAUSE);
-                taken = lock_group(file, gid);
+                file.pause(PAUSE);
+                taken = file.group_lock(gid);
             }
         }
         match taken {
@@ -181,7 +184,7 @@ impl Guard {
         self.options.this_node_only
     }
 
-    fn watch(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+    fn watch(&self) -> MutexGuard<'_, Option<F::Watch>> {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -196,13 +199,13 @@ impl Guard {
     }
 
     /// Gives all locks back: the file is about to be closed. Blocks.
-    pub fn give_back(&self, file: &DirectFile) {
+    pub fn give_back(&self, file: &F) {
         if let Some(gid) = self.options.group {
             // One that was lost is no harm here.
-            let _ = group::group_unlock(file.as_fd(), gid);
+            let _ = file.group_unlock(gid);
         }
         if self.advisory == Some(Outcome::Held) {
-            lock::unlock(file.as_fd());
+            file.unlock();
         }
     }
 
@@ -218,43 +221,44 @@ impl Guard {
     ///
     /// # Errors
     /// The errno of a server that cannot be asked now.
-    pub fn advisory_is_held(&self) -> Result<bool, i32> {
+    pub fn advisory_is_held(&self, file: &F) -> Result<bool, i32> {
         let Some(watch) = &*self.watch() else { return Ok(self.advisory == Some(Outcome::Held)) };
         // The first answer after an eviction is EIO, the second tells.
-        let mut answer = self.marker.is_set(watch.as_fd());
+        let mut answer = F::sees_marker(watch, self.marker);
         for _ in 0..3 {
             if !matches!(answer, Err(libc::EIO | libc::ESHUTDOWN)) {
                 break;
             }
-            std::thread::sleep(PAUSE / 2);
-            answer = self.marker.is_set(watch.as_fd());
+            file.pause(PAUSE / 2);
+            answer = F::sees_marker(watch, self.marker);
         }
         answer
     }
 
-    fn retake_advisory(&self, file: &DirectFile) -> Result<bool, i32> {
+    fn retake_advisory(&self, file: &F) -> Result<bool, i32> {
         let exclusive = self.options.advisory == Some(Sharing::Exclusive);
-        if lock::try_lock(file.as_fd(), exclusive)? != Outcome::Held {
+        if file.try_lock(exclusive)? != Outcome::Held {
             return Ok(false);
         }
-        self.marker.set(file.as_fd(), !file.read_only())?;
+        file.set_marker(self.marker)?;
         Ok(true)
     }
 
     /// Whether the group lock is still there, on every object of the file (`objects`: an offset in each): a direct read says ENOLCK
     /// where it is not. An object that does not answer counts as lost. Blocks.
-    fn group_is_held(&self, file: &DirectFile, objects: &[u64]) -> bool {
+    fn group_is_held(&self, file: &F, objects: &[u64]) -> bool {
         let is_held = |offset_bytes: u64| {
             for _ in 0..5 {
                 match file.trial_read(offset_bytes) {
                     Ok(()) => return true,
                     // The first answer after an eviction says nothing yet of the lock.
-                    Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM) => std::thread::sleep(PAUSE / 2),
+                    Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM) => file.pause(PAUSE / 2),
                     Err(_) => return false,
                 }
             }
             false
         };
+        let objects = if keeps(Rule::EveryObject) { objects } else { &objects[..objects.len().min(1)] };
         self.options.group.is_some() && !objects.is_empty() && objects.iter().all(|&offset_bytes| is_held(offset_bytes))
     }
 
@@ -262,19 +266,19 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub(super) fn regain_group(&self, file: &DirectFile) -> Result<(), String> {
-        self.vouch()?;
+    pub fn regain_group(&self, file: &F) -> Result<(), String> {
+        self.vouch(file)?;
         self.relock_group(file, true)?;
         // Once more: that can have taken as long as a server was down.
-        self.vouch()
+        self.vouch(file)
     }
 
     /// Whether the advisory lock has kept others out until now.
-    fn vouch(&self) -> Result<(), String> {
+    fn vouch(&self, file: &F) -> Result<(), String> {
         if !self.advisory_covers() {
             return Err("there is no advisory lock that would have kept others out meanwhile".into());
         }
-        match self.advisory_is_held() {
+        match self.advisory_is_held(file) {
             Ok(true) => Ok(()),
             Ok(false) => Err("the advisory lock is lost as well".into()),
             Err(errno) => Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
@@ -285,7 +289,7 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub(super) fn regain_advisory(&self, file: &DirectFile, objects: &[u64]) -> Result<(), String> {
+    pub fn regain_advisory(&self, file: &F, objects: &[u64]) -> Result<(), String> {
         match self.retake_advisory(file) {
             Ok(true) if file.read_only() && self.is_unwritten(file) => Ok(()),
             // Asked last: a group lock that is lost does not come back by itself.
@@ -300,9 +304,9 @@ impl Guard {
     }
 
     /// Whether nobody has written to the file since a reader's lock was taken, as far as the servers know. Blocks.
-    fn is_unwritten(&self, file: &DirectFile) -> bool {
+    fn is_unwritten(&self, file: &F) -> bool {
         let was = self.version_at_start.load(Ordering::Relaxed);
-        was != 0 && group::data_version(file.as_fd()) == Ok(was)
+        was != 0 && file.data_version() == Ok(was)
     }
 
     /// Lets go of the group lock for a moment, for what waits for ever under it. No I/O is in flight, and none starts. The advisory
@@ -310,12 +314,7 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people; `work` may have been done.
-    pub fn without_group(
-        &self,
-        file: &DirectFile,
-        objects: &[u64],
-        work: impl FnOnce(Unlocked<'_>),
-    ) -> Result<(), String> {
+    pub fn without_group(&self, file: &F, objects: &[u64], work: impl FnOnce(Unlocked<'_>)) -> Result<(), String> {
         let Some(gid) = self.options.group else {
             work(Unlocked::known_by_guard());
             return Ok(());
@@ -323,17 +322,16 @@ impl Guard {
         // Giving a lost lock back succeeds as well: whether it was lost, and others may have been in, has to be known before.
         if !self.group_is_held(file, objects) {
             self.regain_group(file)?;
-        } else if self.vouch().is_err() {
+        } else if self.vouch(file).is_err() {
             // An eviction that nobody has noticed yet: the group lock has kept others out.
             self.regain_advisory(file, objects)?;
             self.recovered(file);
-            self.vouch()?;
+            self.vouch(file)?;
         }
-        group::group_unlock(file.as_fd(), gid)
-            .map_err(|errno| format!("the group lock cannot be given back: {}", reason(errno)))?;
+        file.group_unlock(gid).map_err(|errno| format!("the group lock cannot be given back: {}", reason(errno)))?;
         work(Unlocked::known_by_guard());
         self.relock_group(file, false)?;
-        self.vouch()
+        self.vouch(file)
     }
 
     /// Opens the file anew in the place of a stale descriptor, without a moment in which nobody keeps others out: a member of the group
@@ -342,18 +340,18 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub(super) fn reopen(&self, file: &DirectFile) -> Result<(), String> {
+    pub fn reopen(&self, file: &F) -> Result<(), String> {
         // (Where the old descriptor cannot even be asked, the group lock has to do.)
-        if self.advisory_covers() && self.advisory_is_held() == Ok(false) {
+        if self.advisory_covers() && self.advisory_is_held(file) == Ok(false) {
             return Err("the advisory lock is lost as well".into());
         }
         let new = file.open_again().map_err(|e| e.message)?;
         let held = self.advisory == Some(Outcome::Held);
         match self.options.group {
-            Some(gid) => lock_group(&new, gid).map_err(no_group)?,
+            Some(gid) => new.group_lock(gid).map_err(no_group)?,
             None if held => {
                 for each in [file, &new] {
-                    if lock::try_lock(each.as_fd(), false) != Ok(Outcome::Held) {
+                    if each.try_lock(false) != Ok(Outcome::Held) {
                         return Err("the advisory lock cannot be moved to the new descriptor".into());
                     }
                 }
@@ -366,7 +364,7 @@ impl Guard {
         }
         let mut watch = self.watch();
         if watch.is_some() {
-            *watch = Some(file.duplicate().map_err(reason)?);
+            *watch = Some(file.watch().map_err(reason)?);
         }
         Ok(())
     }
@@ -375,7 +373,7 @@ impl Guard {
     ///
     /// # Errors
     /// Who or what is in the way, for people.
-    pub(super) fn retake_all(&self, file: &DirectFile) -> Result<(), String> {
+    pub fn retake_all(&self, file: &F) -> Result<(), String> {
         if self.advisory == Some(Outcome::Held) {
             match self.retake_advisory(file) {
                 Ok(true) => {}
@@ -386,35 +384,35 @@ impl Guard {
         self.relock_group(file, true)
     }
 
-    fn relock_group(&self, file: &DirectFile, unlock_first: bool) -> Result<(), String> {
+    fn relock_group(&self, file: &F, unlock_first: bool) -> Result<(), String> {
         let Some(gid) = self.options.group else { return Ok(()) };
-        let deadline = Instant::now() + self.options.timeout;
+        let deadline = file.now().saturating_add(clock::to_ticks(self.options.timeout));
         if unlock_first {
             // A lost lock has to be given back before it can be taken again; one that this file never had is no harm.
-            let _ = group::group_unlock(file.as_fd(), gid);
+            let _ = file.group_unlock(gid);
         }
         loop {
-            let errno = match lock_group(file, gid) {
+            let errno = match file.group_lock(gid) {
                 Ok(()) => return Ok(()),
                 Err(errno) => errno,
             };
-            if Instant::now() >= deadline {
+            if file.now() >= deadline {
                 return Err(no_group(errno));
             }
-            std::thread::sleep(PAUSE);
+            file.pause(PAUSE);
         }
     }
 
     /// Remembers what the file was like when it was fenced. Blocks as long as a server is down.
-    pub(super) fn remember_version(&self, file: &DirectFile) {
-        self.version_at_fence.store(group::data_version(file.as_fd()).unwrap_or(0), Ordering::Relaxed);
+    pub fn remember_version(&self, file: &F) {
+        self.version_at_fence.store(file.data_version().unwrap_or(0), Ordering::Relaxed);
     }
 
     /// Notes that all is well again; whether the file was written to while it was fenced, where that can be told.
-    pub(super) fn recovered(&self, file: &DirectFile) -> Option<bool> {
+    pub fn recovered(&self, file: &F) -> Option<bool> {
         let was = self.version_at_fence.swap(0, Ordering::Relaxed);
         self.recoveries.fetch_add(1, Ordering::Relaxed);
-        (was != 0).then(|| group::data_version(file.as_fd()).is_ok_and(|now| now != was))
+        (was != 0).then(|| file.data_version().is_ok_and(|now| now != was))
     }
 }
 
@@ -424,13 +422,4 @@ fn no_group(errno: i32) -> String {
         libc::EAGAIN => "somebody else holds a group lock".into(),
         errno => format!("the group lock cannot be taken again: {}", reason(errno)),
     }
-}
-
-/// Asks for a group lock without waiting for another group.
-fn lock_group(file: &DirectFile, gid: NonZeroU32) -> Result<(), i32> {
-    file.set_nonblocking(true)?;
-    let result = group::group_lock(file.as_fd(), gid);
-    // (I/O on a regular file waits whatever this says, but Lustre is free to think otherwise.)
-    file.set_nonblocking(false)?;
-    result
 }

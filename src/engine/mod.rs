@@ -4,9 +4,12 @@
 //! with one atomic operation; workers of the [`threads::Pool`] sort requests into lanes (one for each server of a file), execute them and push each answer to
 //! the port it came from; the port's next poll takes all answers at once.
 
+#[doc(hidden)]
+pub mod errand;
 pub mod guard;
 mod keeper;
 pub mod lane;
+pub mod lockable;
 #[doc(hidden)]
 pub mod order;
 pub mod port;

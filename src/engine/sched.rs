@@ -525,8 +525,8 @@ impl<T> Sched<T> {
         volume.running == 0
     }
 
-    /// Goes on with a volume after a job ([`Event::GoOn`]) or by an operator's word ([`Event::Resume`]).
-    pub fn go_on(&mut self, id: u32, event: Event) {
+    /// Goes on `now` with a volume after a job ([`Event::GoOn`]) or by an operator's word ([`Event::Resume`]).
+    pub fn go_on(&mut self, id: u32, event: Event, now: Ticks) {
         let Some(volume) = self.volume_mut(id) else { return };
         volume.change(event);
         if !volume.state.starts() {
@@ -534,7 +534,6 @@ impl<T> Sched<T> {
         }
         (volume.trouble.lock_lost, volume.trouble.stale) = (false, false);
         // Restart the retry budget: lock recovery does not count.
-        let now = crate::os::clock::now();
         volume.retries.iter_mut().for_each(|request| (request.due, request.first_failure) = (0, now));
         // What was gathered while something else was mended still waits for its job.
         let discards = !volume.discards.is_empty();
