@@ -78,7 +78,7 @@ pub fn mend(job: &impl Job, trouble: Trouble) {
         job.hold_and_drain(Event::Lost, Duration::MAX);
     }
     if stale {
-        return settle(job, "its descriptor went stale", guard.reopen(file));
+        return settle(job, "its descriptor went stale", guard.reopen(file, &job.objects()));
     }
     if lock_lost {
         tracing::warn!("{shown}: the group lock is lost (evicted by a server?); taking it again");

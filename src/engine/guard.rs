@@ -137,6 +137,11 @@ impl<F: Lockable> Guard<F> {
             }
         }
         match taken {
+            // That can have taken as long as a server was down: somebody else may have the advisory lock by now.
+            Ok(()) if self.has_lost_advisory(file) => Err(Error::new(
+                libc::ENOLCK,
+                format!("{shown}: its advisory lock was lost while the group lock was waited for; attach it again"),
+            )),
             Ok(()) => Ok(()),
             Err(libc::EAGAIN) => Err(Error::new(
                 libc::EBUSY,
@@ -223,6 +228,10 @@ impl<F: Lockable> Guard<F> {
     /// The errno of a server that cannot be asked now.
     pub fn advisory_is_held(&self, file: &F) -> Result<bool, i32> {
         let Some(watch) = &*self.watch() else { return Ok(self.advisory == Some(Outcome::Held)) };
+        self.marker_is_set(file, watch)
+    }
+
+    fn marker_is_set(&self, file: &F, watch: &F::Watch) -> Result<bool, i32> {
         // The first answer after an eviction is EIO, the second tells.
         let mut answer = F::sees_marker(watch, self.marker);
         for _ in 0..3 {
@@ -233,6 +242,11 @@ impl<F: Lockable> Guard<F> {
             answer = F::sees_marker(watch, self.marker);
         }
         answer
+    }
+
+    /// Whether an advisory lock that was taken is not known to be there.
+    fn has_lost_advisory(&self, file: &F) -> bool {
+        self.advisory == Some(Outcome::Held) && self.advisory_is_held(file) != Ok(true)
     }
 
     fn retake_advisory(&self, file: &F) -> Result<bool, i32> {
@@ -335,16 +349,12 @@ impl<F: Lockable> Guard<F> {
     }
 
     /// Opens the file anew in the place of a stale descriptor, without a moment in which nobody keeps others out: a member of the group
-    /// is let in at once while the old one still has it, and a lock that is only shared for that moment is so on both. No I/O is in
-    /// flight, and none starts. Blocks.
+    /// is let in at once while the old one still has it, and a lock that is only shared for that moment is so on both. `objects` as for
+    /// [`crate::engine::Target::object_offsets`]. No I/O is in flight, and none starts. Blocks.
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub fn reopen(&self, file: &F) -> Result<(), String> {
-        // (Where the old descriptor cannot even be asked, the group lock has to do.)
-        if self.advisory_covers() && self.advisory_is_held(file) == Ok(false) {
-            return Err("the advisory lock is lost as well".into());
-        }
+    pub fn reopen(&self, file: &F, objects: &[u64]) -> Result<(), String> {
         let new = file.open_again().map_err(|e| e.message)?;
         let held = self.advisory == Some(Outcome::Held);
         match self.options.group {
@@ -358,9 +368,23 @@ impl<F: Lockable> Guard<F> {
             }
             None => {}
         }
+        if held {
+            // Asked when the new lock is there: that can have taken as long as a server was down, and both old ones may have been
+            // lost meanwhile. Asked through the new descriptor: the old one may not answer.
+            let watch = new.watch().map_err(reason)?;
+            match self.marker_is_set(file, &watch) {
+                Ok(true) => {}
+                Ok(false) => return Err("the advisory lock is lost as well".into()),
+                Err(errno) => return Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
+            }
+        }
         file.take_over(&new).map_err(|e| e.message)?;
         if held && self.retake_advisory(file) != Ok(true) {
             return Err("somebody else has taken the advisory lock".into());
+        }
+        // The old advisory lock went with the old descriptor: until now it was the group lock that kept others out.
+        if self.options.group.is_some() && !self.group_is_held(file, objects) {
+            return Err("the group lock is lost again".into());
         }
         let mut watch = self.watch();
         if watch.is_some() {
@@ -381,7 +405,12 @@ impl<F: Lockable> Guard<F> {
                 Err(errno) => return Err(format!("the advisory lock: {}", reason(errno))),
             }
         }
-        self.relock_group(file, true)
+        self.relock_group(file, true)?;
+        // Once more: that can have taken as long as a server was down.
+        if self.has_lost_advisory(file) {
+            return Err("the advisory lock was lost again".into());
+        }
+        Ok(())
     }
 
     fn relock_group(&self, file: &F, unlock_first: bool) -> Result<(), String> {
