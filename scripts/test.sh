@@ -72,4 +72,6 @@ fi
 RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=$CARGO_TARGET_DIR/loom cargo test --locked --release --no-default-features --lib loom_
 # Each property of hostile input gets this long: a minute for all of them, two at a time.
 export LLOOP_FUZZ_SECONDS=${LLOOP_FUZZ_SECONDS:-10}
+# The simulator gets a minute.
+export LLOOP_SIM_SECONDS=${LLOOP_SIM_SECONDS:-60}
 exec cargo test --locked --no-fail-fast -- "${run[@]}"

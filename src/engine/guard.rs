@@ -6,15 +6,16 @@
 //! can have come in, and the other is taken again without asking anybody. Where that is not so the volume is fenced until an
 //! operator decides.
 
+use super::lockable::Lockable;
+use super::rules::{Rule, keeps};
 use crate::error::{Error, Result, reason};
+use crate::os::clock;
 use crate::os::file::{DirectFile, Unlocked};
-use crate::os::lock::{self, Marker, Outcome};
-use crate::os::lustre::group;
+use crate::os::lock::{Marker, Outcome};
 use std::num::NonZeroU32;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Which locks are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,16 +41,16 @@ pub enum Sharing {
     Shared,
 }
 
-/// The locks of a volume.
+/// The locks of a volume on its file.
 #[derive(Debug)]
-pub struct Guard {
+pub struct Guard<F: Lockable = DirectFile> {
     options: GuardOptions,
     /// What came of the advisory lock.
     advisory: Option<Outcome>,
     /// What tells our advisory lock from anybody else's, where a server may lose it.
     marker: Option<Marker>,
     /// Another open file of the same, to ask the server through.
-    watch: Mutex<Option<OwnedFd>>,
+    watch: Mutex<Option<F::Watch>>,
     /// How often a lock was lost and taken again.
     recoveries: AtomicU64,
     /// The file's data version when it was fenced, to tell whether somebody has written since.
@@ -64,11 +65,17 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How often a group lock that somebody else has is asked for again when a file is attached.
 const GROUP_TRIES: u32 = 2;
 
-impl Guard {
+impl<F: Lockable> Guard<F> {
     /// No locks.
     pub fn none() -> Self {
+        Self::untaken(GuardOptions::default())
+    }
+
+    /// Says which locks are wanted, and takes none.
+    #[doc(hidden)]
+    pub fn untaken(options: GuardOptions) -> Self {
         Guard {
-            options: GuardOptions::default(),
+            options,
             advisory: None,
             marker: None,
             watch: Mutex::new(None),
@@ -82,14 +89,14 @@ impl Guard {
     ///
     /// # Errors
     /// EBUSY when somebody holds a lock that excludes it; the system's errno.
-    pub fn take_advisory(file: &DirectFile, options: GuardOptions) -> Result<Self> {
+    pub fn take_advisory(file: &F, options: GuardOptions) -> Result<Self> {
         let shown = file.path().display();
         // Only a metadata server can lose a lock.
-        let marker = (file.identity().fid.is_some() && !options.this_node_only).then(Marker::new);
+        let marker = (file.may_lose_locks() && !options.this_node_only).then(Marker::new);
         let advisory = match options.advisory {
             None => None,
             Some(sharing) => Some(
-                lock::try_lock(file.as_fd(), sharing == Sharing::Exclusive, marker.as_ref())
+                file.try_lock(sharing == Sharing::Exclusive, marker.as_ref())
                     .map_err(|e| Error::os(e, format!("locking {shown}")))?,
             ),
         };
@@ -101,17 +108,14 @@ impl Guard {
             ));
         }
         let watched = advisory == Some(Outcome::Held) && marker.is_some();
-        let watch =
-            watched.then(|| file.duplicate()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
-        let version =
-            if watch.is_some() && file.read_only() { group::data_version(file.as_fd()).unwrap_or(0) } else { 0 };
+        let watch = watched.then(|| file.watch()).transpose().map_err(|e| Error::os(e, format!("opening {shown}")))?;
+        let version = if watch.is_some() && file.read_only() { file.data_version().unwrap_or(0) } else { 0 };
         Ok(Guard {
-            options,
             advisory,
             marker,
             watch: Mutex::new(watch),
             version_at_start: AtomicU64::new(version),
-            ..Guard::none()
+            ..Guard::untaken(options)
         })
     }
 
@@ -119,18 +123,23 @@ impl Guard {
     ///
     /// # Errors
     /// EBUSY when another group has it; ENOTTY, EOPNOTSUPP and their like where the filesystem has no group locks.
-    pub fn take_group(&self, file: &DirectFile) -> Result<()> {
+    pub fn take_group(&self, file: &F) -> Result<()> {
         let Some(gid) = self.options.group else { return Ok(()) };
         let shown = file.path().display();
-        let mut taken = lock_group(file, gid);
+        let mut taken = file.group_lock(gid);
         // Somebody else's attach may be looking for group locks: that takes one for a moment.
         for _ in 0..GROUP_TRIES {
             if taken == Err(libc::EAGAIN) {
-                std::thread::sleep(PAUSE);
-                taken = lock_group(file, gid);
+                file.pause(PAUSE);
+                taken = file.group_lock(gid);
             }
         }
         match taken {
+            // That can have taken as long as a server was down: somebody else may have the advisory lock by now.
+            Ok(()) if self.has_lost_advisory(file) => Err(Error::new(
+                libc::ENOLCK,
+                format!("{shown}: its advisory lock was lost while the group lock was waited for; attach it again"),
+            )),
             Ok(()) => Ok(()),
             Err(libc::EAGAIN) => Err(Error::new(
                 libc::EBUSY,
@@ -178,7 +187,7 @@ impl Guard {
         self.options.this_node_only
     }
 
-    fn watch(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+    fn watch(&self) -> MutexGuard<'_, Option<F::Watch>> {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -193,13 +202,13 @@ impl Guard {
     }
 
     /// Gives all locks back: the file is about to be closed. Blocks.
-    pub fn give_back(&self, file: &DirectFile) {
+    pub fn give_back(&self, file: &F) {
         if let Some(gid) = self.options.group {
             // One that was lost is no harm here.
-            let _ = group::group_unlock(file.as_fd(), gid);
+            let _ = file.group_unlock(gid);
         }
         if self.advisory == Some(Outcome::Held) {
-            lock::unlock(file.as_fd());
+            file.unlock();
         }
     }
 
@@ -215,41 +224,52 @@ impl Guard {
     ///
     /// # Errors
     /// The errno of a server that cannot be asked now.
-    pub fn advisory_is_held(&self) -> Result<bool, i32> {
-        let (watch, marker) = (self.watch(), self.marker);
-        let (Some(watch), Some(marker)) = (&*watch, marker) else { return Ok(self.advisory == Some(Outcome::Held)) };
-        let is_set = || marker.is_set(watch.as_fd(), self.options.advisory == Some(Sharing::Exclusive));
+    pub fn advisory_is_held(&self, file: &F) -> Result<bool, i32> {
+        let Some(watch) = &*self.watch() else { return Ok(self.advisory == Some(Outcome::Held)) };
+        self.marker_is_set(file, watch)
+    }
+
+    fn marker_is_set(&self, file: &F, watch: &F::Watch) -> Result<bool, i32> {
+        // Without a marker no server can lose the lock.
+        let Some(marker) = &self.marker else { return Ok(true) };
+        let exclusive = self.options.advisory == Some(Sharing::Exclusive);
         // The first answer after an eviction is EIO, the second tells.
-        let mut answer = is_set();
+        let mut answer = F::sees_marker(watch, marker, exclusive);
         for _ in 0..3 {
             if !matches!(answer, Err(libc::EIO | libc::ESHUTDOWN)) {
                 break;
             }
-            std::thread::sleep(PAUSE / 2);
-            answer = is_set();
+            file.pause(PAUSE / 2);
+            answer = F::sees_marker(watch, marker, exclusive);
         }
         answer
     }
 
-    fn retake_advisory(&self, file: &DirectFile) -> Result<bool, i32> {
+    /// Whether an advisory lock that was taken is not known to be there.
+    fn has_lost_advisory(&self, file: &F) -> bool {
+        self.advisory == Some(Outcome::Held) && self.advisory_is_held(file) != Ok(true)
+    }
+
+    fn retake_advisory(&self, file: &F) -> Result<bool, i32> {
         let exclusive = self.options.advisory == Some(Sharing::Exclusive);
-        Ok(lock::try_lock(file.as_fd(), exclusive, self.marker.as_ref())? == Outcome::Held)
+        Ok(file.try_lock(exclusive, self.marker.as_ref())? == Outcome::Held)
     }
 
     /// Whether the group lock is still there, on every object of the file (`objects`: an offset in each): a direct read says ENOLCK
     /// where it is not. An object that does not answer counts as lost. Blocks.
-    fn group_is_held(&self, file: &DirectFile, objects: &[u64]) -> bool {
+    fn group_is_held(&self, file: &F, objects: &[u64]) -> bool {
         let is_held = |offset_bytes: u64| {
             for _ in 0..5 {
                 match file.trial_read(offset_bytes) {
                     Ok(()) => return true,
                     // The first answer after an eviction says nothing yet of the lock.
-                    Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM) => std::thread::sleep(PAUSE / 2),
+                    Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM) => file.pause(PAUSE / 2),
                     Err(_) => return false,
                 }
             }
             false
         };
+        let objects = if keeps(Rule::EveryObject) { objects } else { &objects[..objects.len().min(1)] };
         self.options.group.is_some() && !objects.is_empty() && objects.iter().all(|&offset_bytes| is_held(offset_bytes))
     }
 
@@ -257,19 +277,19 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub(super) fn regain_group(&self, file: &DirectFile) -> Result<(), String> {
-        self.vouch()?;
+    pub fn regain_group(&self, file: &F) -> Result<(), String> {
+        self.vouch(file)?;
         self.relock_group(file, true)?;
         // Once more: that can have taken as long as a server was down.
-        self.vouch()
+        self.vouch(file)
     }
 
     /// Whether the advisory lock has kept others out until now.
-    fn vouch(&self) -> Result<(), String> {
+    fn vouch(&self, file: &F) -> Result<(), String> {
         if !self.advisory_covers() {
             return Err("there is no advisory lock that would have kept others out meanwhile".into());
         }
-        match self.advisory_is_held() {
+        match self.advisory_is_held(file) {
             Ok(true) => Ok(()),
             Ok(false) => Err("the advisory lock is lost as well".into()),
             Err(errno) => Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
@@ -280,7 +300,7 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub(super) fn regain_advisory(&self, file: &DirectFile, objects: &[u64]) -> Result<(), String> {
+    pub fn regain_advisory(&self, file: &F, objects: &[u64]) -> Result<(), String> {
         match self.retake_advisory(file) {
             Ok(true) if file.read_only() && self.is_unwritten(file) => Ok(()),
             // Asked last: a group lock that is lost does not come back by itself.
@@ -295,9 +315,9 @@ impl Guard {
     }
 
     /// Whether nobody has written to the file since a reader's lock was taken, as far as the servers know. Blocks.
-    fn is_unwritten(&self, file: &DirectFile) -> bool {
+    fn is_unwritten(&self, file: &F) -> bool {
         let was = self.version_at_start.load(Ordering::Relaxed);
-        was != 0 && group::data_version(file.as_fd()) == Ok(was)
+        was != 0 && file.data_version() == Ok(was)
     }
 
     /// Lets go of the group lock for a moment, for what waits for ever under it. No I/O is in flight, and none starts. The advisory
@@ -305,12 +325,7 @@ impl Guard {
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people; `work` may have been done.
-    pub fn without_group(
-        &self,
-        file: &DirectFile,
-        objects: &[u64],
-        work: impl FnOnce(Unlocked<'_>),
-    ) -> Result<(), String> {
+    pub fn without_group(&self, file: &F, objects: &[u64], work: impl FnOnce(Unlocked<'_>)) -> Result<(), String> {
         let Some(gid) = self.options.group else {
             work(Unlocked::known_by_guard());
             return Ok(());
@@ -318,72 +333,73 @@ impl Guard {
         // Giving a lost lock back succeeds as well: whether it was lost, and others may have been in, has to be known before.
         if !self.group_is_held(file, objects) {
             self.regain_group(file)?;
-        } else if self.vouch().is_err() {
+        } else if self.vouch(file).is_err() {
             // An eviction that nobody has noticed yet: the group lock has kept others out.
             self.regain_advisory(file, objects)?;
             self.recovered(file);
-            self.vouch()?;
+            self.vouch(file)?;
         }
-        group::group_unlock(file.as_fd(), gid)
-            .map_err(|errno| format!("the group lock cannot be given back: {}", reason(errno)))?;
+        file.group_unlock(gid).map_err(|errno| format!("the group lock cannot be given back: {}", reason(errno)))?;
         work(Unlocked::known_by_guard());
         self.relock_group(file, false)?;
-        self.vouch()
+        self.vouch(file)
     }
 
     /// Opens the file anew in the place of a stale descriptor, without a moment in which nobody keeps others out: a member of the group
-    /// is let in at once while the old one still has it, and a lock that is only shared for that moment is so on both. No I/O is in
-    /// flight, and none starts. Blocks.
+    /// is let in at once while the old one still has it, and a lock that is only shared for that moment is so on both. `objects` as for
+    /// [`crate::engine::Target::object_offsets`]. No I/O is in flight, and none starts. Blocks.
     ///
     /// # Errors
     /// Why the volume has to be fenced, for people.
-    pub(super) fn reopen(&self, file: &DirectFile, objects: &[u64]) -> Result<(), String> {
-        if !self.were_others_kept_out(file, objects) {
+    pub fn reopen(&self, file: &F, objects: &[u64]) -> Result<(), String> {
+        // Where no exclusive advisory lock tells that nobody was in, the group lock of the old descriptor has to.
+        let exclusive = self.options.advisory == Some(Sharing::Exclusive) && self.advisory == Some(Outcome::Held);
+        if self.options.group.is_some() && !exclusive && !self.group_is_held(file, objects) {
             return Err("nothing tells that others were kept out meanwhile".into());
         }
         let new = file.open_again().map_err(|e| e.message)?;
         let held = self.advisory == Some(Outcome::Held);
         match self.options.group {
-            Some(gid) => lock_group(&new, gid).map_err(no_group)?,
+            Some(gid) => new.group_lock(gid).map_err(no_group)?,
             None if held => {
                 for each in [file, &new] {
-                    if lock::try_lock(each.as_fd(), false, None) != Ok(Outcome::Held) {
+                    if each.try_lock(false, None) != Ok(Outcome::Held) {
                         return Err("the advisory lock cannot be moved to the new descriptor".into());
                     }
                 }
             }
             None => {}
         }
+        if held {
+            // Asked when the new lock is there: that can have taken as long as a server was down, and both old ones may have been
+            // lost meanwhile. Asked through the new descriptor: the old one may not answer.
+            let watch = new.watch().map_err(reason)?;
+            match self.marker_is_set(file, &watch) {
+                Ok(true) => {}
+                Ok(false) => return Err("the advisory lock is lost as well".into()),
+                Err(errno) => return Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
+            }
+        }
         file.take_over(&new).map_err(|e| e.message)?;
         if held && self.retake_advisory(file) != Ok(true) {
             return Err("somebody else has taken the advisory lock".into());
         }
+        // The old advisory lock went with the old descriptor: until now it was the group lock that kept others out.
+        if self.options.group.is_some() && !self.group_is_held(file, objects) {
+            return Err("the group lock is lost again".into());
+        }
         let mut watch = self.watch();
         if watch.is_some() {
-            *watch = Some(file.duplicate().map_err(reason)?);
+            *watch = Some(file.watch().map_err(reason)?);
         }
         Ok(())
-    }
-
-    /// Whether the locks of the open file say that nobody else was in: what cannot be asked says no. Without locks there is nothing to
-    /// say. Blocks.
-    fn were_others_kept_out(&self, file: &DirectFile, objects: &[u64]) -> bool {
-        let held = self.advisory == Some(Outcome::Held);
-        if !held && self.options.group.is_none() {
-            return true;
-        }
-        // A shared lock keeps writers out, but those of another group share it.
-        let covers = self.options.advisory == Some(Sharing::Exclusive) || self.options.group.is_none();
-        (held && covers && self.advisory_is_held() == Ok(true))
-            || self.group_is_held(file, objects)
-            || (file.read_only() && self.is_unwritten(file))
     }
 
     /// Everything anew, for an operator. Blocks.
     ///
     /// # Errors
     /// Who or what is in the way, for people.
-    pub(super) fn retake_all(&self, file: &DirectFile) -> Result<(), String> {
+    pub fn retake_all(&self, file: &F) -> Result<(), String> {
         if self.advisory == Some(Outcome::Held) {
             match self.retake_advisory(file) {
                 Ok(true) => {}
@@ -391,38 +407,43 @@ impl Guard {
                 Err(errno) => return Err(format!("the advisory lock: {}", reason(errno))),
             }
         }
-        self.relock_group(file, true)
+        self.relock_group(file, true)?;
+        // Once more: that can have taken as long as a server was down.
+        if self.has_lost_advisory(file) {
+            return Err("the advisory lock was lost again".into());
+        }
+        Ok(())
     }
 
-    fn relock_group(&self, file: &DirectFile, unlock_first: bool) -> Result<(), String> {
+    fn relock_group(&self, file: &F, unlock_first: bool) -> Result<(), String> {
         let Some(gid) = self.options.group else { return Ok(()) };
-        let deadline = Instant::now() + self.options.timeout;
+        let deadline = file.now().saturating_add(clock::to_ticks(self.options.timeout));
         if unlock_first {
             // A lost lock has to be given back before it can be taken again; one that this file never had is no harm.
-            let _ = group::group_unlock(file.as_fd(), gid);
+            let _ = file.group_unlock(gid);
         }
         loop {
-            let errno = match lock_group(file, gid) {
+            let errno = match file.group_lock(gid) {
                 Ok(()) => return Ok(()),
                 Err(errno) => errno,
             };
-            if Instant::now() >= deadline {
+            if file.now() >= deadline {
                 return Err(no_group(errno));
             }
-            std::thread::sleep(PAUSE);
+            file.pause(PAUSE);
         }
     }
 
     /// Remembers what the file was like when it was fenced. Blocks as long as a server is down.
-    pub(super) fn remember_version(&self, file: &DirectFile) {
-        self.version_at_fence.store(group::data_version(file.as_fd()).unwrap_or(0), Ordering::Relaxed);
+    pub fn remember_version(&self, file: &F) {
+        self.version_at_fence.store(file.data_version().unwrap_or(0), Ordering::Relaxed);
     }
 
     /// Notes that all is well again; whether the file was written to while it was fenced, where that can be told.
-    pub(super) fn recovered(&self, file: &DirectFile) -> Option<bool> {
+    pub fn recovered(&self, file: &F) -> Option<bool> {
         let was = self.version_at_fence.swap(0, Ordering::Relaxed);
         self.recoveries.fetch_add(1, Ordering::Relaxed);
-        (was != 0).then(|| group::data_version(file.as_fd()).is_ok_and(|now| now != was))
+        (was != 0).then(|| file.data_version().is_ok_and(|now| now != was))
     }
 }
 
@@ -432,13 +453,4 @@ fn no_group(errno: i32) -> String {
         libc::EAGAIN => "somebody else holds a group lock".into(),
         errno => format!("the group lock cannot be taken again: {}", reason(errno)),
     }
-}
-
-/// Asks for a group lock without waiting for another group.
-fn lock_group(file: &DirectFile, gid: NonZeroU32) -> Result<(), i32> {
-    file.set_nonblocking(true)?;
-    let result = group::group_lock(file.as_fd(), gid);
-    // (I/O on a regular file waits whatever this says, but Lustre is free to think otherwise.)
-    file.set_nonblocking(false)?;
-    result
 }

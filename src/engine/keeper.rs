@@ -4,16 +4,16 @@
 //! The keeper itself never makes a call that can block. Each volume that needs one gets a thread for it, one at a time: a server that
 //! hangs holds nobody but the volumes on it.
 
-use super::request::{Op, Request};
+use super::errand::{self, Job};
+use super::guard::Guard;
 use super::sched::Trouble;
 use super::state::{Event, VolumeState};
 use super::target::{Damage, Target};
 use super::threads::Shared;
 use super::worker::answer;
-use crate::error::{Error, Result, reason};
+use crate::error::{Error, Result};
 use crate::os::clock::{self, Ticks};
-use crate::os::file::Unlocked;
-use crate::os::queue::List;
+use crate::os::file::DirectFile;
 use crate::os::thread;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -37,12 +37,6 @@ impl Default for Care {
 
 /// How often calls are looked at.
 const TICK: Duration = Duration::from_millis(500);
-/// How long discards are gathered.
-const GATHER: Duration = Duration::from_millis(20);
-/// How long a device is held for a discard before it goes on without; and a call that is older is not waited for at all.
-const DRAIN: Duration = Duration::from_millis(200);
-/// When such a discard is tried again.
-const POSTPONE: Duration = Duration::from_secs(1);
 /// How long an operator waits for an errand.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -174,8 +168,8 @@ impl<T: Send + 'static> Shared<T> {
             // Rebind so that `target` drops before `_done`: the volume must hold no file reference when it is marked idle.
             let target = target;
             match errand {
-                Errand::Trouble(trouble) => shared.mend(id, &target, trouble),
-                Errand::Check => shared.check(id, &target),
+                Errand::Trouble(trouble) => errand::mend(&VolumeJob { shared: &shared, id, target: &target }, trouble),
+                Errand::Check => errand::check(&VolumeJob { shared: &shared, id, target: &target }),
                 Errand::Look => shared.look(id, &target),
             }
         };
@@ -188,27 +182,9 @@ impl<T: Send + 'static> Shared<T> {
         true
     }
 
-    /// Starts nothing new on a volume, and waits until nothing is going on there.
-    fn hold_and_drain(&self, id: u32, event: Event) {
-        let _ = self.hold_and_drain_within(id, event, Duration::MAX);
-    }
-
-    /// The same for a while; whether nothing is going on now.
-    fn hold_and_drain_within(&self, id: u32, event: Event, limit: Duration) -> bool {
-        let start = Instant::now();
-        let mut sched = self.sched();
-        while !sched.hold(id, event) {
-            if self.stopping() || start.elapsed() >= limit {
-                return false;
-            }
-            sched = self.quiet.wait_timeout(sched, TICK).unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
-    }
-
     fn go_on(&self, id: u32, event: Event) {
         let mut sched = self.sched();
-        sched.go_on(id, event);
+        sched.go_on(id, event, clock::now());
         // (When the others' retries are due is for the supervisor to know.)
         let _ = sched.revive(clock::now());
         let ready = sched.has_ready();
@@ -219,126 +195,6 @@ impl<T: Send + 'static> Shared<T> {
         self.summons.tell_of_retries();
         if ready {
             self.rouse();
-        }
-    }
-
-    fn mend(&self, id: u32, target: &Target, trouble: Trouble) {
-        let (file, guard) = (target.file(), target.guard());
-        let shown = file.path().display();
-        // From there on an operator decides, whatever was noticed before.
-        if target.state() == VolumeState::Fenced {
-            return;
-        }
-        let urgent = trouble.stale || trouble.lock_lost;
-        if !urgent {
-            std::thread::sleep(GATHER);
-            if self.has_stuck_call(id) {
-                return self.postpone(id);
-            }
-        }
-        let drained = if urgent {
-            self.hold_and_drain_within(id, Event::Lost, Duration::MAX)
-        } else {
-            self.hold_and_drain_within(id, Event::Hold, DRAIN)
-        };
-        // What the last calls have said is for this errand, too.
-        let now = self.sched().trouble(id);
-        let (stale, lock_lost) = (trouble.stale || now.stale, trouble.lock_lost || now.lock_lost);
-        if !drained && (stale || lock_lost) {
-            self.hold_and_drain(id, Event::Lost);
-        }
-        if stale {
-            let reopened = guard.reopen(file, &target.object_offsets());
-            return self.settle(id, target, "its descriptor went stale", reopened);
-        }
-        if lock_lost {
-            tracing::warn!("{shown}: the group lock is lost (evicted by a server?); taking it again");
-            let regained = guard.regain_group(file);
-            return self.settle(id, target, "the group lock was lost", regained);
-        }
-        if trouble.discards {
-            if !drained {
-                self.go_on(id, Event::GoOn);
-                return self.postpone(id);
-            }
-            let mut requests = self.sched().take_discards(id);
-            // What is not done is not reported as done.
-            requests.iter_mut().for_each(|request| request.conclude(Err(libc::EIO)));
-            let objects = target.object_offsets();
-            let done = guard.without_group(file, &objects, |permit| discard(target, permit, &mut requests));
-            let tickets = requests.iter_mut().filter_map(|request| request.ticket.take()).collect();
-            answer(&self.ports(), requests);
-            self.sched().discarded(id, tickets);
-            match done {
-                Ok(()) => self.go_on(id, Event::GoOn),
-                Err(why) => self.settle(id, target, "the group lock was let go of for a discard", Err(why)),
-            }
-        }
-    }
-
-    /// Whether a call on a volume takes long: a discard, which needs all of them to end, had better wait for that elsewhere.
-    fn has_stuck_call(&self, id: u32) -> bool {
-        let limit = clock::to_ticks(DRAIN);
-        let now = clock::now();
-        self.busy.iter().filter_map(|busy| busy.started_on(id)).any(|started| now.saturating_sub(started) > limit)
-    }
-
-    /// Leaves the discards for later: a server that hangs has everything wait that needs it, and nothing else.
-    fn postpone(&self, id: u32) {
-        let start = Instant::now();
-        // (Whatever is more urgent has this errand end.)
-        while start.elapsed() < POSTPONE && !self.stopping() {
-            let (trouble, is_open) = {
-                let sched = self.sched();
-                (sched.trouble(id), sched.is_open(id))
-            };
-            if trouble.lock_lost || trouble.stale || !is_open {
-                break;
-            }
-            std::thread::sleep(GATHER);
-        }
-        self.sched().put_back(id, Trouble { discards: true, ..Trouble::default() });
-    }
-
-    /// Goes on with a volume that was held, or fences it.
-    fn settle(&self, id: u32, target: &Target, what: &str, outcome: Result<(), String>) {
-        let (file, guard) = (target.file(), target.guard());
-        let shown = file.path().display();
-        match outcome {
-            Ok(()) => {
-                guard.recovered(file);
-                tracing::warn!("{shown}: {what}; it is there again, and others were kept out all the time: going on");
-                self.go_on(id, Event::Recovered);
-            }
-            Err(why) => {
-                tracing::error!(
-                    "{shown}: {what}, and {why}: somebody else may have written to the file. Fenced: every I/O fails until bdev_lloop_resume, or until it is attached again"
-                );
-                self.sched().fence(id);
-                self.rouse();
-                // (Last: it asks every server, and one may be down.)
-                guard.remember_version(file);
-            }
-        }
-    }
-
-    /// Asks for a volume's locks.
-    fn check(&self, id: u32, target: &Target) {
-        let (file, guard) = (target.file(), target.guard());
-        let shown = file.path().display();
-        if guard.wants_watching() && target.state() == VolumeState::Open {
-            match guard.advisory_is_held() {
-                Ok(true) => {}
-                Ok(false) => {
-                    tracing::warn!(
-                        "{shown}: the advisory lock is lost (evicted by the metadata server?); taking it again"
-                    );
-                    self.hold_and_drain(id, Event::Lost);
-                    let regained = guard.regain_advisory(file, &target.object_offsets());
-                    self.settle(id, target, "the advisory lock was lost", regained);
-                }
-                Err(errno) => tracing::warn!("{shown}: asking for its lock: {}; asking again later", reason(errno)),
-            }
         }
     }
 
@@ -359,8 +215,7 @@ impl<T: Send + 'static> Shared<T> {
 
     /// What an operator asks for.
     pub(super) fn resume(&self, id: u32, target: &Target) -> Result<()> {
-        let (file, guard) = (target.file(), target.guard());
-        let shown = file.path().display();
+        let shown = target.file().path().display();
         let refuse = |errno, why: String| Err(Error::new(errno, format!("{shown}: {why}")));
         // One at a time: an errand may be ending, and two operators would take the lock from under each other's I/O.
         let start = Instant::now();
@@ -371,15 +226,10 @@ impl<T: Send + 'static> Shared<T> {
             std::thread::sleep(Duration::from_millis(5));
         }
         let _done = Done(self, id, false);
-        if target.state() == VolumeState::Fenced {
-            if let Err(why) = guard.retake_all(file) {
-                return refuse(libc::EBUSY, format!("it stays fenced: {why}"));
-            }
-            match guard.recovered(file) {
-                Some(true) => tracing::warn!("{shown}: resumed; it was written to by others while it was fenced"),
-                _ => tracing::info!("{shown}: resumed"),
-            }
-            self.go_on(id, Event::Resume);
+        if target.state() == VolumeState::Fenced
+            && let Err(why) = errand::resume(&VolumeJob { shared: self, id, target })
+        {
+            return refuse(libc::EBUSY, format!("it stays fenced: {why}"));
         }
         match target.look_for_damage() {
             None => target.clear_damage(),
@@ -451,23 +301,82 @@ impl<T: Send + 'static> Shared<T> {
     }
 }
 
-/// Punches what was gathered, neighbours together.
-fn discard<T>(target: &Target, permit: Unlocked<'_>, requests: &mut List<Request<T>>) {
-    let mut ranges: Vec<(u64, u64)> = requests.iter().map(|r| (r.offset_bytes, r.end_bytes())).collect();
-    ranges.sort_unstable();
-    let mut joined: Vec<(u64, u64)> = Vec::with_capacity(ranges.len());
-    for (start, end) in ranges {
-        match joined.last_mut() {
-            Some(last) if start <= last.1 => last.1 = last.1.max(end),
-            _ => joined.push((start, end)),
-        }
+/// A volume of the pool that something is done for.
+struct VolumeJob<'a, T> {
+    shared: &'a Shared<T>,
+    id: u32,
+    target: &'a Target,
+}
+
+impl<T: Send + 'static> Job for VolumeJob<'_, T> {
+    type File = DirectFile;
+
+    fn file(&self) -> &DirectFile {
+        self.target.file()
     }
-    let results: Vec<(u64, u64, Result<(), i32>)> =
-        joined.into_iter().map(|(start, end)| (start, end, target.discard(permit, start, end))).collect();
-    for request in requests.iter_mut() {
-        debug_assert_eq!(request.op, Op::Unmap);
-        let inside =
-            results.iter().find(|(start, end, _)| *start <= request.offset_bytes && request.end_bytes() <= *end);
-        request.conclude(inside.map_or(Err(libc::EIO), |(_, _, result)| *result));
+
+    fn guard(&self) -> &Guard {
+        self.target.guard()
+    }
+
+    fn objects(&self) -> Vec<u64> {
+        self.target.object_offsets()
+    }
+
+    fn state(&self) -> VolumeState {
+        self.target.state()
+    }
+
+    fn is_open(&self) -> bool {
+        !self.shared.stopping() && self.shared.sched().is_open(self.id)
+    }
+
+    fn hold_and_drain(&self, event: Event, limit: Duration) -> bool {
+        let start = Instant::now();
+        let mut sched = self.shared.sched();
+        while !sched.hold(self.id, event) {
+            if self.shared.stopping() || start.elapsed() >= limit {
+                return false;
+            }
+            sched = self.shared.quiet.wait_timeout(sched, TICK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn trouble(&self) -> Trouble {
+        self.shared.sched().trouble(self.id)
+    }
+
+    fn put_back(&self, trouble: Trouble) {
+        self.shared.sched().put_back(self.id, trouble);
+    }
+
+    fn go_on(&self, event: Event) {
+        self.shared.go_on(self.id, event);
+    }
+
+    fn fence(&self) {
+        self.shared.sched().fence(self.id);
+        self.shared.rouse();
+    }
+
+    fn has_stuck_call(&self, limit: Duration) -> bool {
+        let (now, limit) = (clock::now(), clock::to_ticks(limit));
+        let mut calls = self.shared.busy.iter().filter_map(|busy| busy.started_on(self.id));
+        calls.any(|started| now.saturating_sub(started) > limit)
+    }
+
+    fn do_discards(&self) -> Result<(), String> {
+        let (shared, target) = (self.shared, self.target);
+        let mut requests = shared.sched().take_discards(self.id);
+        // What is not done is not reported as done.
+        requests.iter_mut().for_each(|request| request.conclude(Err(libc::EIO)));
+        let done = self.guard().without_group(self.file(), &self.objects(), |permit| {
+            errand::discard(&mut requests, |start, end| target.discard(permit, start, end));
+        });
+        let tickets = requests.iter_mut().filter_map(|request| request.ticket.take()).collect();
+        answer(&shared.ports(), requests);
+        shared.sched().discarded(self.id, tickets);
+        done
     }
 }

@@ -5,6 +5,7 @@
 //! known of it, the volume has one lane.
 
 use super::request::{Op, Request};
+use super::rules::{Rule, keeps};
 use super::target::Target;
 use super::transfer::BOUNCE_BYTES;
 use crate::os::clock::Ticks;
@@ -147,7 +148,7 @@ impl<T> Lane<T> {
         requests.push_back(head);
         while mergeable && let Some(next) = self.queue.front() {
             mergeable = next.op == op
-                && next.fua == fua
+                && (next.fua == fua || !keeps(Rule::FuaApart))
                 && next.offset_bytes == end
                 && len + next.len_bytes <= max_merge_bytes
                 && segments + next.iovs.count() <= IOV_MAX

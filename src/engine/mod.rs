@@ -4,14 +4,21 @@
 //! with one atomic operation; workers of the [`threads::Pool`] sort requests into lanes (one for each server of a file), execute them and push each answer to
 //! the port it came from; the port's next poll takes all answers at once.
 
+#[doc(hidden)]
+pub mod errand;
 pub mod guard;
 mod keeper;
 pub mod lane;
-mod order;
+pub mod lockable;
+#[doc(hidden)]
+pub mod order;
 pub mod port;
 pub mod request;
 pub mod retry;
-mod sched;
+#[doc(hidden)]
+pub mod rules;
+#[doc(hidden)]
+pub mod sched;
 pub mod state;
 pub mod stats;
 mod supervisor;

@@ -11,6 +11,7 @@
 //! - [`Order`] belongs to the scheduler, under its lock, and knows ranges exactly, of those that have arrived there. What is claimed
 //!   and not known there is in a ring or on its way.
 
+use super::rules::{Rule, keeps};
 use crate::os::clock::Ticks;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -84,7 +85,7 @@ impl Claims {
             let before = self.counts[bucket(block)].fetch_add(1, Ordering::SeqCst);
             alone &= before == 0;
         }
-        alone && self.large.load(Ordering::SeqCst) == 0
+        alone && self.large.load(Ordering::SeqCst) == 0 || !keeps(Rule::NoGhosts)
     }
 
     /// The write can have no more effect. Whether somebody waits for that in the scheduler, and has to be told.
@@ -185,7 +186,9 @@ impl Order {
     /// Whether it may start now; if so it counts as started.
     pub fn start(&mut self, ticket: Ticket, claims: &Claims) -> bool {
         let entry = *self.entry(ticket);
-        let free = entry.started || !(self.meets_unknown(&entry.span, claims) || self.meets_known(ticket, &entry));
+        let free = entry.started
+            || !(self.meets_unknown(&entry.span, claims) || self.meets_known(ticket, &entry))
+            || !keeps(Rule::NoGhosts);
         self.entry(ticket).started = free;
         free
     }

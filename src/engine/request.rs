@@ -36,15 +36,23 @@ impl Op {
 
 /// An I/O. `T` is what its submitter wants back with the answer.
 pub struct Request<T> {
-    pub(super) op: Op,
-    pub(super) port: u32,
+    /// What is to be done.
+    #[doc(hidden)]
+    pub op: Op,
+    /// Where the answer goes.
+    #[doc(hidden)]
+    pub port: u32,
     pub(super) volume: u32,
     /// 0 while all is well.
-    pub(super) errno: i32,
+    #[doc(hidden)]
+    pub errno: i32,
     pub(super) target: Arc<Target>,
     /// In the file, not in the device. Of an abort: the number of what it means.
-    pub(super) offset_bytes: u64,
-    pub(super) len_bytes: u64,
+    #[doc(hidden)]
+    pub offset_bytes: u64,
+    /// How long it is.
+    #[doc(hidden)]
+    pub len_bytes: u64,
     pub(super) iovs: IoVecs,
     pub(super) submitted: Ticks,
     /// When it is to be tried again, after a failure.
@@ -60,8 +68,11 @@ pub struct Request<T> {
     /// It has a claim on its blocks, and no place in the scheduler's order yet.
     claimed: bool,
     /// Its place in the scheduler's order.
-    pub(super) ticket: Option<Ticket>,
-    token: T,
+    #[doc(hidden)]
+    pub ticket: Option<Ticket>,
+    /// Its submitter's.
+    #[doc(hidden)]
+    pub token: T,
 }
 
 /// What became of a request.
@@ -82,17 +93,31 @@ impl<T> Request<T> {
     /// A request on the device range `offset_bytes..offset_bytes + len_bytes` of `volume`. `iovs` holds as many bytes for
     /// reads and writes, and nothing otherwise.
     pub fn new(op: Op, volume: &super::Volume<T>, offset_bytes: u64, len_bytes: u64, iovs: IoVecs, token: T) -> Self {
-        let target = volume.target().clone();
+        Request::at(clock::now(), op, (volume.id(), volume.target()), offset_bytes, len_bytes, iovs, token)
+    }
+
+    /// The same, submitted at a given moment to a volume's number and file.
+    #[doc(hidden)]
+    pub fn at(
+        submitted: Ticks,
+        op: Op,
+        (volume, target): (u32, &Arc<Target>),
+        offset_bytes: u64,
+        len_bytes: u64,
+        iovs: IoVecs,
+        token: T,
+    ) -> Self {
+        let target = target.clone();
         Request {
             op,
             port: u32::MAX,
-            volume: volume.id(),
+            volume,
             errno: 0,
             offset_bytes: target.base_bytes() + offset_bytes,
             target,
             len_bytes,
             iovs,
-            submitted: clock::now(),
+            submitted,
             due: 0,
             first_failure: 0,
             attempts: 0,
@@ -130,9 +155,16 @@ impl<T> Request<T> {
 
     /// An abort of the request that has this number, on the same port.
     pub fn abort(volume: &super::Volume<T>, number: u64, token: T) -> Self {
-        let mut this = Request::new(Op::Abort, volume, 0, 0, IoVecs::EMPTY, token);
-        this.offset_bytes = number;
-        this
+        Request::new(Op::Abort, volume, 0, 0, IoVecs::EMPTY, token).meaning(number)
+    }
+
+    /// An abort of the request that has this number, on the same port.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn meaning(mut self, number: u64) -> Self {
+        debug_assert_eq!(self.op, Op::Abort);
+        self.offset_bytes = number;
+        self
     }
 
     /// To be called once, when it is submitted. Whether it may go to a ring as far as others are concerned: it changes nothing, or
@@ -144,7 +176,8 @@ impl<T> Request<T> {
     }
 
     /// It can have no more effect. Whether somebody waits for that in the scheduler.
-    pub(super) fn release_claim(&mut self) -> bool {
+    #[doc(hidden)]
+    pub fn release_claim(&mut self) -> bool {
         std::mem::take(&mut self.claimed) && self.target.claims().release(self.span())
     }
 
@@ -191,19 +224,24 @@ impl<T> Request<T> {
     /// them).
     pub(super) fn answer(mut this: Placed<Self>) -> (Answer<T>, bool) {
         let wakes = this.release_claim();
-        let request = this.take();
-        let answer = Answer {
-            op: request.op,
-            len_bytes: request.len_bytes,
-            result: if request.errno == 0 { Ok(()) } else { Err(request.errno) },
-            submitted: request.submitted,
-            token: request.token,
-        };
-        (answer, wakes)
+        (this.take().into_answer(), wakes)
+    }
+
+    /// What its submitter gets.
+    #[doc(hidden)]
+    pub fn into_answer(self) -> Answer<T> {
+        Answer {
+            op: self.op,
+            len_bytes: self.len_bytes,
+            result: if self.errno == 0 { Ok(()) } else { Err(self.errno) },
+            submitted: self.submitted,
+            token: self.token,
+        }
     }
 
     /// Sets the outcome.
-    pub(super) fn conclude(&mut self, result: Result<(), i32>) {
+    #[doc(hidden)]
+    pub fn conclude(&mut self, result: Result<(), i32>) {
         self.errno = result.err().unwrap_or(0);
     }
 }

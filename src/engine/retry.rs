@@ -3,6 +3,10 @@
 //! Reads and writes of blocks can be repeated without harm. Elsewhere than on Lustre an error is what the disk says, and is passed on
 //! at once.
 
+use super::request::{Op, Request};
+use super::rules::{Rule, keeps};
+use crate::os::clock::{self, Ticks};
+use crate::os::queue::List;
 use std::time::Duration;
 
 /// What to do about a failure.
@@ -42,6 +46,40 @@ pub fn verdict(errno: i32, attempts: u32, waited: Duration, budget: Duration, gr
         libc::ESTALE if attempts <= MAX_STALE => Verdict::Stale,
         _ => Verdict::Final,
     }
+}
+
+/// Takes out of `requests`, which were executed until `now`, what failed in a way that passes, with the time of its next try.
+pub fn take_retries<T>(requests: &mut List<Request<T>>, now: Ticks, budget: Duration) -> List<Request<T>> {
+    let (mut answered, mut again) = (List::default(), List::default());
+    while let Some(mut request) = requests.pop_front() {
+        // A failed fdatasync has told all that there is: the next one would say that all is well (rule 4).
+        let is_told = request.op == Op::Flush && keeps(Rule::FlushOnce);
+        // Nor is an error that is our own word, not Lustre's: the file ends there.
+        let is_ours = request.target.ends_before(request.end_bytes());
+        if request.errno == 0 || is_told || is_ours || !request.target.on_lustre() {
+            answered.push_back(request);
+            continue;
+        }
+        request.attempts += 1;
+        if request.attempts == 1 {
+            request.first_failure = now;
+        }
+        let waited = clock::to_duration(now.wrapping_sub(request.first_failure));
+        let guarded = request.target.guard().holds_group();
+        match verdict(request.errno, request.attempts, waited, budget, guarded) {
+            Verdict::Final => answered.push_back(request),
+            Verdict::Again(after) => {
+                request.due = now + clock::to_ticks(after);
+                again.push_back(request);
+            }
+            Verdict::LockLost | Verdict::Stale => {
+                request.due = 0;
+                again.push_back(request);
+            }
+        }
+    }
+    *requests = answered;
+    again
 }
 
 #[cfg(test)]

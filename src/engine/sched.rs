@@ -21,18 +21,22 @@ const FLUSHES: u16 = u16::MAX;
 
 /// What a worker executes as one.
 pub struct Work<T> {
-    pub(super) requests: List<Request<T>>,
+    /// To be executed, or answered.
+    pub requests: List<Request<T>>,
     /// Calls on this lane take long.
-    pub(super) slow: bool,
-    pub(super) done: FinishedWork,
+    pub slow: bool,
+    /// For [`Sched::finished`].
+    pub done: FinishedWork,
     /// Not to be executed: each has its errno.
-    pub(super) refused: bool,
+    pub refused: bool,
 }
 
 /// What the scheduler needs to know of a work that is done.
 pub struct FinishedWork {
-    pub(super) volume: u32,
-    pub(super) lane: u16,
+    /// Whose it is.
+    pub volume: u32,
+    /// Its lane, or one behind all lanes for flushes.
+    pub lane: u16,
     range: Option<Range>,
 }
 
@@ -532,8 +536,8 @@ impl<T> Sched<T> {
         volume.running == 0
     }
 
-    /// Goes on with a volume after a job ([`Event::GoOn`], [`Event::Recovered`]) or by an operator's word ([`Event::Resume`]).
-    pub fn go_on(&mut self, id: u32, event: Event) {
+    /// Goes on `now` with a volume after a job ([`Event::GoOn`], [`Event::Recovered`]) or by an operator's word ([`Event::Resume`]).
+    pub fn go_on(&mut self, id: u32, event: Event, now: Ticks) {
         let Some(volume) = self.volume_mut(id) else { return };
         volume.change(event);
         if !volume.state.starts() {
@@ -541,7 +545,6 @@ impl<T> Sched<T> {
         }
         (volume.trouble.lock_lost, volume.trouble.stale) = (false, false);
         // Restart the retry budget: lock recovery does not count.
-        let now = crate::os::clock::now();
         volume.retries.iter_mut().for_each(|request| (request.due, request.first_failure) = (0, now));
         // What was gathered while something else was mended still waits for its job.
         let discards = !volume.discards.is_empty();

@@ -220,16 +220,20 @@ impl Transfer {
 }
 
 /// What a call does with the file.
+#[doc(hidden)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Access {
+pub enum Access {
+    /// Into memory.
     Read,
+    /// To the file; a later flush makes it durable.
     Write,
     /// What is written is on stable storage when the call returns.
     WriteDurably,
 }
 
 impl Access {
-    fn of<T>(request: &Request<T>) -> Self {
+    /// By what the request wants.
+    pub fn of<T>(request: &Request<T>) -> Self {
         match (request.op, request.fua) {
             (Op::Read, _) => Access::Read,
             (_, true) => Access::WriteDurably,

@@ -323,16 +323,12 @@ impl<T> Uring<T> {
         for ring in std::iter::once(ring).chain(polled) {
             ring.reap(|place, result| {
                 let Some(mut request) = flights.land(place as u32) else { return };
-                match result {
-                    n if n >= 0 && n as u64 == request.len_bytes => {
-                        request.conclude(Ok(()));
+                match outcome(result, request.len_bytes) {
+                    Some(result) => {
+                        request.conclude(result);
                         done.push_back(request);
                     }
-                    e if e < 0 && is_final(-e) => {
-                        request.conclude(Err(-e));
-                        done.push_back(request);
-                    }
-                    _ => again.push_back(request),
+                    None => again.push_back(request),
                 }
             });
         }
@@ -399,6 +395,16 @@ impl<T> Flights<T> {
 impl<T> Drop for Uring<T> {
     fn drop(&mut self) {
         debug_assert!(self.is_idle() || std::thread::panicking(), "a ring was closed with I/O in flight");
+    }
+}
+
+/// What a completion of the kernel's means for a request of `len_bytes`; nothing where the workers have to execute it anew.
+#[doc(hidden)]
+pub fn outcome(result: i32, len_bytes: u64) -> Option<Result<(), i32>> {
+    match result {
+        n if n >= 0 && n as u64 == len_bytes => Some(Ok(())),
+        e if e < 0 && is_final(-e) => Some(Err(-e)),
+        _ => None,
     }
 }
 

@@ -3,7 +3,7 @@
 use super::order::Ticket;
 use super::port::Mailbox;
 use super::request::{Op, Request};
-use super::retry::{Verdict, verdict};
+use super::retry::take_retries;
 use super::sched::{FinishedWork, Work};
 use super::threads::{IDLE, NOBODY, Shared};
 use super::transfer::Transfer;
@@ -101,7 +101,8 @@ impl<T: Send + 'static> Shared<T> {
                 if slow {
                     self.crew.begin();
                 }
-                let again = if all_well { List::default() } else { self.to_try_again(&mut requests, now) };
+                let budget = Duration::from_millis(self.retry_budget_ms.load(Ordering::Relaxed));
+                let again = if all_well { List::default() } else { take_retries(&mut requests, now, budget) };
                 answered.extend(requests.iter_mut().filter_map(|request| request.ticket.take()));
                 let flush = requests.front().filter(|request| request.op == Op::Flush);
                 let flush_errno = flush.map_or(0, |flush| flush.errno);
@@ -133,40 +134,6 @@ impl<T: Send + 'static> Shared<T> {
             }
         }
         busy.submitted.store(NOBODY, Ordering::Relaxed);
-    }
-
-    /// Takes out of `requests` what failed in a way that passes, with the time of its next try.
-    fn to_try_again(&self, requests: &mut List<Request<T>>, now: Ticks) -> List<Request<T>> {
-        let (mut answered, mut again) = (List::default(), List::default());
-        let budget = Duration::from_millis(self.retry_budget_ms.load(Ordering::Relaxed));
-        while let Some(mut request) = requests.pop_front() {
-            // A failed fdatasync has told all that there is: the next one would say that all is well (rule 4).
-            // Nor is an error that is our own word, not Lustre's: the file ends there.
-            let is_ours = request.target.ends_before(request.end_bytes());
-            if request.errno == 0 || request.op == Op::Flush || is_ours || !request.target.on_lustre() {
-                answered.push_back(request);
-                continue;
-            }
-            request.attempts += 1;
-            if request.attempts == 1 {
-                request.first_failure = now;
-            }
-            let waited = clock::to_duration(now.wrapping_sub(request.first_failure));
-            let guarded = request.target.guard().holds_group();
-            match verdict(request.errno, request.attempts, waited, budget, guarded) {
-                Verdict::Final => answered.push_back(request),
-                Verdict::Again(after) => {
-                    request.due = now + clock::to_ticks(after);
-                    again.push_back(request);
-                }
-                Verdict::LockLost | Verdict::Stale => {
-                    request.due = 0;
-                    again.push_back(request);
-                }
-            }
-        }
-        *requests = answered;
-        again
     }
 
     /// Whether this worker should end: the pool stops, or there are more than are wanted.

@@ -29,9 +29,16 @@ fn fallback_now() -> Ticks {
     START.get_or_init(Instant::now).elapsed().as_nanos() as u64
 }
 
+static HZ: OnceLock<u64> = OnceLock::new();
+
+/// Says how many ticks a second has, for tests with a clock of their own. To be called before anything else of this module.
+#[doc(hidden)]
+pub fn pretend_hz(hz: u64) {
+    let _ = HZ.set(hz);
+}
+
 /// Ticks a second, measured once against the system's clock (takes 20 ms the first time: not on the I/O path).
 pub fn ticks_hz() -> u64 {
-    static HZ: OnceLock<u64> = OnceLock::new();
     *HZ.get_or_init(|| {
         let (t0, c0) = (Instant::now(), now());
         std::thread::sleep(Duration::from_millis(20));

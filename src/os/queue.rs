@@ -89,6 +89,41 @@ impl<T> Drop for Placed<T> {
     }
 }
 
+/// Memory for values that come and go by the million, in tests: what [`Places::take`] has emptied is used again.
+///
+/// # Invariants
+/// Nobody uses what is in `free`. Each address in `used` is of memory that was leaked by [`Places::place`] and is not in `free`.
+#[doc(hidden)]
+pub struct Places<T> {
+    free: Vec<NonNull<MaybeUninit<Node<T>>>>,
+    used: std::collections::HashSet<usize>,
+}
+
+impl<T> Default for Places<T> {
+    fn default() -> Self {
+        Places { free: Vec::new(), used: std::collections::HashSet::new() }
+    }
+}
+
+impl<T> Places<T> {
+    /// Places `value`.
+    pub fn place(&mut self, value: T) -> Placed<T> {
+        let memory = self.free.pop().unwrap_or_else(|| NonNull::from(Box::leak(Box::new(MaybeUninit::uninit()))));
+        self.used.insert(memory.as_ptr() as usize);
+        // SAFETY: allocated for this type and never freed; not in `free` any more, so nobody else uses it until the value is taken out.
+        unsafe { Placed::new(memory, value) }
+    }
+
+    /// Takes a value out that was placed here.
+    pub fn take(&mut self, value: Placed<T>) -> T {
+        let memory = value.0.cast();
+        assert!(self.used.remove(&(value.0.as_ptr() as usize)), "it was placed elsewhere");
+        let value = value.take();
+        self.free.push(memory);
+        value
+    }
+}
+
 /// A first-in-first-out list of placed values.
 ///
 /// # Invariants
