@@ -247,7 +247,13 @@ impl<F: Lockable> Guard<F> {
 
     /// Whether an advisory lock that was taken is not known to be there.
     fn has_lost_advisory(&self, file: &F) -> bool {
-        self.advisory == Some(Outcome::Held) && self.advisory_is_held(file) != Ok(true)
+        let is_lost = match self.advisory_is_held(file) {
+            Ok(held) => !held,
+            // A shared one that somebody else's shared lock hides: that cannot be told, and both are welcome.
+            Err(libc::EBUSY) => false,
+            Err(_) => true,
+        };
+        self.advisory == Some(Outcome::Held) && is_lost
     }
 
     fn retake_advisory(&self, file: &F) -> Result<bool, i32> {
@@ -262,8 +268,10 @@ impl<F: Lockable> Guard<F> {
             for _ in 0..5 {
                 match file.trial_read(offset_bytes) {
                     Ok(()) => return true,
-                    // The first answer after an eviction says nothing yet of the lock.
-                    Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM) => file.pause(PAUSE / 2),
+                    // The first answer after an eviction says nothing yet of the lock; nor does a server that takes a descriptor for stale.
+                    Err(libc::EIO | libc::ESHUTDOWN | libc::EAGAIN | libc::ENOMEM | libc::ESTALE) => {
+                        file.pause(PAUSE / 2)
+                    }
                     Err(_) => return false,
                 }
             }
