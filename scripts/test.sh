@@ -39,13 +39,13 @@ LLOOP_GUEST=$(scripts/guest.sh)
 export LLOOP_GUEST
 
 say "testing with SPDK v$version ($SPDK_DIR)"
-if [ "$version" = 20.07 ]; then note "what v20.07 has not is left out, and said: vhost, interrupt mode, who is connected"; fi
+if [ "$version" = 20.07 ]; then note "what v20.07 has not is left out, and said: vhost, interrupt mode, who is connected, FUA"; fi
 
 # Each test that starts a target has its own socket and folder, and takes hugepage memory from a budget (tests/common/hugepages.rs).
 # Two at a time is what two cores carry.
 run=(--test-threads=2)
 if [ -n "$fallback" ]; then
-	[ ${#names[@]} -gt 0 ] || names=(_parameters bad_input:: every_method uuid_is_the_files_own a_saved_configuration signals_end_it
+	[ ${#names[@]} -gt 0 ] || names=(_parameters bad_input:: every_method uuid_is_the_files_own a_saved_configuration signals_end_it lustre_fences
 		io:: durability:: kernels_initiator)
 	run+=(--skip fio::)
 	quietly "building the tests and their programs" "$CARGO_TARGET_DIR/examples.log" cargo build --locked --examples

@@ -189,7 +189,9 @@ impl BdevIo {
             match completion {
                 Completion::Success => sys::spdk_bdev_io_complete(io, status::SPDK_BDEV_IO_STATUS_SUCCESS),
                 Completion::Failed => sys::spdk_bdev_io_complete(io, status::SPDK_BDEV_IO_STATUS_FAILED),
-                Completion::Nvme { sct, sc } => sys::spdk_bdev_io_complete_nvme_status(io, 0, sct, sc),
+                Completion::Nvme { sct, sc } => {
+                    sys::spdk_bdev_io_complete_nvme_status(io, 0, sct, compat::status_code(sct, sc));
+                }
             }
         }
     }

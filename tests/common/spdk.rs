@@ -14,6 +14,8 @@ pub enum Part {
     InterruptMode,
     /// An answer to the question which hosts are connected.
     ConnectedHosts,
+    /// Writes that a host wants to be durable are told apart. (Without it, all are durable off Lustre, and none are on Lustre.)
+    Fua,
 }
 
 /// The version of the SPDK in lloop_tgt, "26.01".
@@ -36,12 +38,13 @@ pub fn has(part: Part, what: &str) -> bool {
             Some(tree) => Path::new(&tree).join("build/lib/libspdk_vhost.a").exists(),
             None => number > 24.0,
         },
-        Part::InterruptMode | Part::ConnectedHosts => number > 24.0,
+        Part::InterruptMode | Part::ConnectedHosts | Part::Fua => number > 24.0,
     };
     if !is_there {
         let test = std::thread::current().name().unwrap_or("a test").to_owned();
-        // Not by eprintln!, which libtest keeps to itself when a test passes.
-        let _ = writeln!(std::io::stderr(), "left out: {test}: {what}: SPDK v{} here is without {part:?}", version());
+        let line = format!("left out: {test}: {what}: SPDK v{} here is without {part:?}\n", version());
+        // Not by eprintln!, which libtest keeps to itself when a test passes; and as a whole, or another test's line is in between.
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
     is_there
 }

@@ -1,6 +1,6 @@
 //! The tests' own means: what is said of a target that dies, and what is left of it and of a killed test program.
 
-use crate::common::{Target, folder, hugepages, remove_socket};
+use crate::common::{Target, eventually, folder, hugepages, remove_socket};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -56,6 +56,17 @@ fn a_target_that_dies_is_said_before_what_the_test_says() {
         assert!(result.is_err() && target.has_been_reported());
     });
     assert_eq!(said, None, "the death is told once");
+}
+
+#[test]
+fn whoever_waits_for_a_dead_target_is_told_at_once() {
+    let said = failure(|| {
+        let target = Target::start();
+        crash(&target);
+        eventually(|| false);
+        panic!("it has waited to the end");
+    });
+    assert!(said.as_ref().is_some_and(|said| said.contains("DIED")), "{said:?}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::client::{MIB, attach, info, start, stats, striped, until};
 use crate::common::nvme::{Failed, Nvme};
+use crate::common::spdk::{self, Part};
 use crate::common::{Target, folder};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -9,7 +10,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// What a host with several paths takes as a reason to try another one.
-const PATH_ERROR: Failed = Failed((3, 0));
+fn path_error() -> Failed {
+    // Code 0 of that type would be a success to v20.07's target (spdk-sys, compat::status_code).
+    Failed(if spdk::version() == "20.07" { (3, 0x60) } else { (3, 0) })
+}
 
 /// Proves that a write that failed and waits for its next try does not come after a newer one to the same block, also when the host
 /// has given up on it. Without the rule the second host's data is overwritten half a second after its answer.
@@ -162,6 +166,9 @@ fn rule_3_a_fua_write_is_on_the_disk() {
 /// Proves that FUA writes, merged or not, are followed by a sync on Lustre, too.
 #[test]
 fn rule_3_neighbours_of_a_fua_write_do_not_take_it_along() {
+    if !spdk::has(Part::Fua, "all of it") {
+        return;
+    }
     let dir = folder();
     let file = striped(&dir);
     let target = start();
@@ -264,8 +271,8 @@ fn rule_6_every_object_is_asked_before_the_group_lock_is_believed() {
     stranger.ok(&format!("write s {MIB} 7"));
     until("the device is fenced", || stats(&target, &name)["state"] == "fenced");
     // Rule 8: it is a matter of the path.
-    assert_eq!(host.read(0, 1), Err(PATH_ERROR));
-    assert_eq!(host.write(0, &[2; 4096]), Err(PATH_ERROR));
+    assert_eq!(host.read(0, 1), Err(path_error()));
+    assert_eq!(host.write(0, &[2; 4096]), Err(path_error()));
     // An operator decides.
     target.ok("bdev_lloop_resume", json!({"name": name}));
     assert_eq!(host.read(0, 1).unwrap(), [1; 4096]);
