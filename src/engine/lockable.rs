@@ -85,7 +85,7 @@ impl Lockable for DirectFile {
     fn group_lock(&self, group: NonZeroU32) -> Result<(), i32> {
         self.set_nonblocking(true)?;
         let result = group::group_lock(self.as_fd(), group);
-        // (I/O on a regular file waits whatever this says, but Lustre is free to think otherwise.)
+        // I/O on a regular file waits whatever this flag says, but Lustre is free to read it otherwise.
         self.set_nonblocking(false)?;
         result
     }
