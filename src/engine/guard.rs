@@ -370,8 +370,10 @@ impl<F: Lockable> Guard<F> {
         match self.options.group {
             Some(gid) => new.group_lock(gid).map_err(no_group)?,
             None if held => {
+                // Before the locks are asked for: that would take a lost marker again.
+                self.marker_has_to_be_set(file, &new)?;
                 for each in [file, &new] {
-                    if each.try_lock(false, None) != Ok(Outcome::Held) {
+                    if each.try_lock(false, self.marker.as_ref()) != Ok(Outcome::Held) {
                         return Err("the advisory lock cannot be moved to the new descriptor".into());
                     }
                 }
@@ -381,12 +383,7 @@ impl<F: Lockable> Guard<F> {
         if held {
             // Asked when the new lock is there: that can have taken as long as a server was down, and both old ones may have been
             // lost meanwhile. Asked through the new descriptor: the old one may not answer.
-            let watch = new.watch().map_err(reason)?;
-            match self.marker_is_set(file, &watch) {
-                Ok(true) => {}
-                Ok(false) => return Err("the advisory lock is lost as well".into()),
-                Err(errno) => return Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
-            }
+            self.marker_has_to_be_set(file, &new)?;
         }
         file.take_over(&new).map_err(|e| e.message)?;
         if held && self.retake_advisory(file) != Ok(true) {
@@ -401,6 +398,15 @@ impl<F: Lockable> Guard<F> {
             *watch = Some(file.watch().map_err(reason)?);
         }
         Ok(())
+    }
+
+    /// Asks, through another open file, whether the marker of this one is there.
+    fn marker_has_to_be_set(&self, file: &F, other: &F) -> Result<(), String> {
+        match self.marker_is_set(file, &other.watch().map_err(reason)?) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err("the advisory lock is lost as well".into()),
+            Err(errno) => Err(format!("the advisory lock cannot be checked: {}", reason(errno))),
+        }
     }
 
     /// Everything anew, for an operator. Blocks.

@@ -341,3 +341,18 @@ fn rule_11_threads_move_under_load() {
         assert!(host.read(u64::from(round), 1).unwrap().iter().all(|&byte| byte == round));
     }
 }
+
+/// Proves that a stale descriptor is replaced under the advisory lock alone. It is fenced when the lock on the old descriptor is widened
+/// over its own marker before that is asked for.
+#[test]
+fn rule_6_a_stale_descriptor_is_replaced_under_the_advisory_lock() {
+    let dir = folder();
+    let file = striped(&dir);
+    let target = start();
+    let name = attach(&target, &file, json!({"lock": "advisory"}));
+    let mut host = target.connect(&name);
+    file.set_faults("error=116 times=1");
+    host.write(0, &[1; 4096]).unwrap();
+    assert_eq!(stats(&target, &name)["state"], "bound");
+    assert_eq!(file.stats()["records_held"], 2, "the lock and its marker");
+}
